@@ -1,0 +1,209 @@
+"""Batches of resident images: order, augmentation, resuming, and that nothing else is disturbed."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torchvision.transforms.v2 import functional
+
+import vkd.data.resident
+from vkd.config import DatasetConfig
+from vkd.data import load_data
+from vkd.data.resident import ResidentData
+from vkd.errors import ConfigError
+from vkd.randomness import generator
+
+CPU = torch.device("cpu")
+AUGMENTATION = {"crop": {"padding": 2}, "flip": {}}
+
+
+@pytest.fixture
+def load(config, write_packed, tmp_path):
+    """A function that loads a packed set of `count` training images, of which `val_fraction` are held."""
+
+    def make(count=41, val_fraction=0.0, augmentation=AUGMENTATION, **fields):
+        write_packed(split="train", count=count)
+        write_packed(split="test", count=11)
+        chosen = config("mine", val_fraction=val_fraction, augmentation=augmentation, **fields)
+        return load_data(chosen, tmp_path, device=CPU)
+
+    return make
+
+
+def train(data, seed=1, epoch=1, batch_size=8, drop_last=False, start_step=0):
+    return list(
+        data.train_batches(seed=seed, epoch=epoch, batch_size=batch_size, drop_last=drop_last, start_step=start_step)
+    )
+
+
+def same(one, other):
+    return len(one) == len(other) and all(
+        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and torch.equal(a.indices, b.indices)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def by_index(batches):
+    indices = torch.cat([batch.indices for batch in batches])
+    return torch.cat([batch.images for batch in batches])[indices.argsort()]
+
+
+def test_every_training_image_comes_exactly_once_with_its_label(load):
+    data = load(count=43, augmentation={})
+    batches = train(data)
+    assert [len(batch.targets) for batch in batches] == [8, 8, 8, 8, 8, 3]
+    indices = torch.cat([batch.indices for batch in batches])
+    assert sorted(indices.tolist()) == list(range(43))
+    assert indices.tolist() != list(range(43))
+    for batch in batches:
+        assert batch.images.dtype == torch.uint8
+        assert batch.targets.dtype == batch.indices.dtype == torch.int64
+        assert torch.equal(batch.images, data.images("train")[batch.indices])
+        assert torch.equal(batch.targets, data.targets("train")[batch.indices])
+
+
+def test_pixels_and_labels_are_those_of_the_file(load, tmp_path):
+    data = load()
+    with np.load(tmp_path / "mine" / "train.npz") as stored:
+        assert np.array_equal(data.images("train").permute(0, 2, 3, 1).numpy(), stored["images"])
+        assert np.array_equal(data.targets("train").numpy(), stored["labels"])
+
+
+def test_same_seed_and_epoch_give_the_same_batches_and_others_differ(load):
+    data = load()
+    first = train(data)
+    assert same(first, train(load()))
+    assert not same(first, train(data, epoch=2))
+    assert not same(first, train(data, seed=2))
+    assert not torch.equal(by_index(first), by_index(train(data, epoch=2)))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3000, 1 << 20])
+def test_a_start_in_the_middle_gives_what_the_whole_epoch_gives_there(load, monkeypatch, chunk_bytes):
+    data = load(count=100)
+    whole = train(data)
+    monkeypatch.setitem(vkd.data.resident.CHUNK_BYTES, "cpu", chunk_bytes)
+    for start in range(len(whole) + 1):
+        assert same(train(data, start_step=start), whole[start:])
+    with pytest.raises(ValueError, match="start_step"):
+        train(data, start_step=len(whole) + 1)
+
+
+def test_an_images_augmentation_does_not_depend_on_the_batch_size(load):
+    data = load(count=40)
+    assert torch.equal(by_index(train(data, batch_size=8)), by_index(train(data, batch_size=5)))
+
+
+def test_augmented_images_are_torchvisions_for_the_drawn_choices(load):
+    data = load()
+    random = generator(7, "augmentation", 3)
+    places, mirrored = (augmentation.draw(41, random, (6, 5)) for augmentation in data.augmentations)
+    found = torch.cat([batch.images for batch in train(data, seed=7, epoch=3)])
+    indices = torch.cat([batch.indices for batch in train(data, seed=7, epoch=3)])
+    for image, index in zip(found, indices, strict=True):
+        expected = functional.pad(data.images("train")[index], [2] * 4)
+        expected = functional.crop(expected, int(places[index, 0]), int(places[index, 1]), 6, 5)
+        assert torch.equal(image, functional.horizontal_flip(expected) if mirrored[index] else expected)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "drop_last", "steps", "images"),
+    [(40, 8, False, 5, 40), (41, 8, False, 5, 40), (42, 8, False, 6, 42), (42, 8, True, 5, 40), (9, 1, False, 9, 9)],
+)
+def test_steps_of_an_epoch_and_the_last_batch_of_one_image(load, count, batch_size, drop_last, steps, images):
+    data = load(count=count)
+    batches = train(data, batch_size=batch_size, drop_last=drop_last)
+    assert data.steps_per_epoch(batch_size, drop_last) == len(batches) == steps
+    assert sum(len(batch.targets) for batch in batches) == images
+
+
+@pytest.mark.parametrize(("batch_size", "drop_last"), [(0, False), (-3, True), (50, True)])
+def test_a_batch_size_that_gives_no_step_is_refused(load, batch_size, drop_last):
+    with pytest.raises(ConfigError, match=r"recipe\.batch_size"):
+        load().train_batches(seed=0, epoch=1, batch_size=batch_size, drop_last=drop_last)
+
+
+def test_evaluation_keeps_the_order_and_every_image(load):
+    data = load(val_fraction=0.2)
+    assert data.sizes["train"] + data.sizes["val"] == 41
+    for split in ("train", "val", "test"):
+        batches = list(data.eval_batches(split, batch_size=4))
+        assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(data.sizes[split]))
+        assert torch.equal(torch.cat([batch.images for batch in batches]), data.images(split))
+        assert torch.equal(torch.cat([batch.targets for batch in batches]), data.targets(split))
+
+
+def test_train_and_val_share_no_image(load):
+    data = load(val_fraction=0.3)
+    stored = {image.numpy().tobytes() for image in data.images("train")}
+    assert not stored & {image.numpy().tobytes() for image in data.images("val")}
+
+
+def test_a_split_that_is_absent_is_a_value_error(load):
+    data = load()
+    assert data.splits_present == {"train", "test"}
+    with pytest.raises(ValueError, match="no split 'val'"):
+        data.eval_batches("val", batch_size=4)
+
+
+def test_global_random_states_are_untouched(load):
+    data = load()
+    before = torch.get_rng_state()
+    train(data)
+    list(data.eval_batches("test", batch_size=4))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_two_passes_at_once_do_not_mix(load):
+    data = load()
+    expected = train(data)
+    pairs = list(zip(*(data.train_batches(seed=1, epoch=1, batch_size=8, drop_last=False) for _ in "ab"), strict=True))
+    assert same([one for one, _ in pairs], expected)
+    assert same([other for _, other in pairs], expected)
+
+
+def test_training_leaves_the_stored_images_as_they_were(load):
+    data = load()
+    before = data.images("train").clone()
+    train(data)
+    assert torch.equal(before, data.images("train"))
+
+
+def test_the_description_of_a_data_set(load):
+    data = load(mean=[0.1, 0.2, 0.3])
+    assert (data.name, data.loading, data.channels, data.image_size) == ("mine", "resident", 3, (6, 5))
+    assert (data.num_classes, data.train_size) == (4, 41)
+    assert data.mean == [0.1, 0.2, 0.3]
+    assert data.std == [0.25, 0.25, 0.25]
+    assert len(data.identity) == 64
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mean": [0.1, 0.2]}, "dataset.mean has 2 values"),
+        ({"image_size": 32}, "dataset.image_size=32"),
+        ({"augmentation": {"random_resized_crop": {}}}, "random_resized_crop"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_images_names_its_key(load, fields, words):
+    with pytest.raises(ConfigError) as caught:
+        load(**fields)
+    assert words in str(caught.value)
+
+
+def test_a_config_file_gives_every_field_and_its_command(request):
+    files = sorted((request.config.rootpath / "conf" / "dataset").glob("*.yaml"))
+    assert {file.stem for file in files} >= {"digits", "fashion_mnist", "cifar10", "cifar100", "imagefolder"}
+    for file in files:
+        assert set(yaml.safe_load(file.read_text())["dataset"]) == set(DatasetConfig.__dataclass_fields__), file
+        assert f"\n#   python -m vkd.train dataset={file.stem}" in file.read_text()
+
+
+def test_digits_are_normalised_by_the_figures_of_their_training_images(tmp_path, request):
+    fields = yaml.safe_load((request.config.rootpath / "conf" / "dataset" / "digits.yaml").read_text())["dataset"]
+    data = load_data(DatasetConfig(**{**fields, "val_fraction": 0.0}), tmp_path, device=CPU)
+    assert isinstance(data, ResidentData)
+    pixels = data.images("train").double() / 255
+    assert data.mean == [round(float(pixels.mean()), 4)]
+    assert data.std == [round(float(pixels.std(correction=0)), 4)]

@@ -1,0 +1,1 @@
+"""Tests of what reads run directories; `records.studies` makes such directories for them."""

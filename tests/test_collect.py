@@ -1,0 +1,166 @@
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from records.studies import result, write_run
+
+import vkd
+from vkd.collect import main
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study of 3 rows x 3 seeds, one of them failed, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    runs = tmp_path / "runs"
+    for seed, top1 in enumerate((90.0, 91.0, 92.0), 1):
+        write_run(runs, result("none", None, seed=seed, top1=top1))
+        write_run(runs, result(seed=seed, top1=top1 + 1))
+        failed = {"state": "failed", "reason": "loss is not finite", "traceback": "..."} if seed == 3 else None
+        write_run(runs, result("kd", "abkd", point=(0.8, 0.3), seed=seed, top1=top1 + 2), failed)
+    return runs
+
+
+def test_a_study_is_written_and_shown(study, tmp_path, capsys):
+    assert main(["study=quickstart"]) == 0
+    folder = tmp_path / "results" / "quickstart"
+    assert sorted(path.name for path in folder.iterdir()) == ["accuracy.png", "accuracy.svg", "table.csv", "table.md"]
+    table = (folder / "table.md").read_text()
+    assert capsys.readouterr().out == table
+    assert table.startswith("# quickstart: test top-1 (%)\n\n    python -m vkd.collect study=quickstart\n")
+    assert "seed 3: failed: loss is not finite (`quickstart/cifar_resnet20-cifar_resnet8_quarter/kd-abkd-s3-" in table
+    assert str(tmp_path) not in table
+    lines = list(csv.DictReader(io.StringIO((folder / "table.csv").read_text())))
+    assert [float(line["mean"]) for line in lines] == [91.0, 92.0, 92.5]
+    assert [line["difference_to_plain"] for line in lines] == ["", "1.0", "2.0"]
+    image = Image.open(folder / "accuracy.png")
+    assert len(set(image.convert("L").tobytes())) > 10
+
+
+def test_collecting_twice_changes_no_byte(study, tmp_path):
+    def collect():
+        assert main(["study=quickstart"]) == 0
+        return {path.name: path.read_bytes() for path in (tmp_path / "results" / "quickstart").iterdir()}
+
+    assert collect() == collect()
+
+
+def test_another_metric_and_other_roots_can_be_asked_for(study, tmp_path, capsys):
+    words = ["study=quickstart", "metric=val/top1", f"runs_root={study}", f"results_root={tmp_path / 'out'}"]
+    assert main(words) == 0
+    table = (tmp_path / "out" / "quickstart" / "table.md").read_text()
+    assert "    python -m vkd.collect study=quickstart metric=val/top1\n" in table
+    assert "# quickstart: val top-1 (%)" in table
+    assert str(tmp_path) not in table
+    assert not (tmp_path / "results").exists()
+
+
+def test_every_kind_of_hole_leaves_the_rest_standing(study, tmp_path, capsys):
+    pair = study / "quickstart" / "cifar_resnet20-cifar_resnet8_quarter"
+    running = write_run(study, result("dkd", "fkld", seed=1), {"state": "running", "epoch": 2, "epochs": 20})
+    half = write_run(study, result("dkd", "fkld", seed=2))
+    (half / "result.json").write_text(json.dumps(result("dkd", "fkld", seed=2))[:300])
+    unfinished = write_run(study, result("dkd", "fkld", seed=3))
+    (unfinished / "result.json").unlink()
+    (unfinished / "status.json").unlink()
+    (pair / "kd-fkld-s9-0123abcd").mkdir()
+    (pair / "kd-fkld-s9-0123abcd" / "config.yaml").write_text("a: [")
+    assert main(["study=quickstart"]) == 0
+    out = capsys.readouterr().out
+    for words in ("running: epoch 2 of 20", "damaged: result.json is not whole JSON", "unfinished: no result.json"):
+        assert words in out
+    assert "hole (0 of 3)" in out
+    assert f"(`quickstart/cifar_resnet20-cifar_resnet8_quarter/{running.name}`)" in out
+    assert "in no row: unfinished: no result.json; config.yaml is not plain YAML" in out
+
+
+def test_a_study_of_holes_alone_is_a_table_of_holes(tmp_path, capsys):
+    write_run(tmp_path / "runs", result(), {"state": "failed", "reason": "out of memory"})
+    assert main(["study=quickstart", f"runs_root={tmp_path / 'runs'}", f"results_root={tmp_path}"]) == 0
+    assert "failed: out of memory" in capsys.readouterr().out
+
+
+def test_nothing_to_collect_is_said_with_the_folder_and_the_studies_that_exist(study, tmp_path, capsys):
+    assert main(["study=quickstrat"]) == 2
+    error = capsys.readouterr().err
+    assert "nothing to collect: there is no folder runs/quickstrat" in error
+    assert "study=quickstart" in error
+    (study / "empty").mkdir()
+    assert main(["study=empty"]) == 2
+    assert "there are no runs in runs/empty" in capsys.readouterr().err
+    assert main(["study=x", f"runs_root={tmp_path / 'nowhere'}"]) == 2
+    assert "holds no study yet" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stuyd=quickstart"], "try: study=quickstart"),
+        (["--study", "quickstart"], "vkd.collect has no key '--study'"),
+        (["study"], "study needs a value"),
+        ([], "try: study=quickstart"),
+        (["study=../elsewhere"], "is no name of a study"),
+        (["study=/tmp"], "is no name of a study"),
+        (["study=quickstart", "metric=test/top"], "metric=test/top1"),
+    ],
+)
+def test_wrong_words_are_answered_with_the_right_ones(study, words, message, tmp_path, capsys):
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_study_may_be_called_like_a_number(tmp_path, capsys):
+    write_run(tmp_path / "runs", result(study="2026_01"))
+    assert main(["study=2026_01", f"runs_root={tmp_path / 'runs'}", f"results_root={tmp_path}"]) == 0
+    assert (tmp_path / "2026_01" / "table.md").exists()
+
+
+def test_results_that_cannot_be_written_are_a_message(study, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["study=quickstart", "results_root=file"]) == 2
+    assert "cannot write to file/quickstart" in capsys.readouterr().err
+
+
+def test_help_is_a_page_and_no_error(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for key in ("study=", "metric=", "runs_root=", "results_root="):
+        assert key in out
+
+
+def test_on_a_terminal_the_table_is_shown_as_one_and_fits(study, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for width in ("100", "200"):
+        terminal = Terminal()
+        monkeypatch.setenv("COLUMNS", width)
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert main(["study=quickstart"]) == 0
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
+        assert "plain student" in shown
+        assert "hole: kd abkd (0.8, 0.3)" in shown
+        assert max(map(len, shown.splitlines())) <= int(width)
+
+
+def test_the_command_runs_as_a_module_without_importing_torch_timm_or_hydra(study):
+    code = (
+        "import sys, vkd.collect; status = vkd.collect.main(['study=quickstart']);"
+        "heavy = {'torch', 'timm', 'hydra', 'wandb'} & set(sys.modules); assert not heavy, heavy; sys.exit(status)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(vkd.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, env=environment)
+    words = [sys.executable, "-m", "vkd.collect", "study=nothing"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

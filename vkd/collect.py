@@ -1,0 +1,144 @@
+"""Collect the runs of a study into tables and plots: `python -m vkd.collect study=quickstart`.
+
+Reads run directories and nothing else; torch is not imported, so this works on any machine that has the files.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vkd.errors import ConfigError, UserError, list_names, nearest
+from vkd.records.atomic import write_bytes_atomically, write_text_atomically
+from vkd.records.grouping import Table, build_table
+from vkd.records.reading import Run, read_runs
+from vkd.records.tables import to_csv, to_markdown
+from vkd.records.terminal import print_table
+
+HELP = """\
+vkd.collect - tables and plots of a study's runs
+
+    python -m vkd.collect study=quickstart
+
+Keys
+    study=NAME              the folder of runs below runs_root; `study=teachers` for the trained teachers
+    metric=test/top1        any name in the runs' metrics: val/top1, test/ece, test/top1_at_best_val, ...
+    runs_root=runs          where the runs are
+    results_root=results    where the results go
+
+Writes to results_root/study: table.md, table.csv, accuracy.png, accuracy.svg; prints the table.
+
+A row is a method with a divergence, a column a data set with a teacher and a student, a cell mean ± standard deviation
+over seeds (number of seeds) and the differences to the plain student and to KD. Runs that differ in anything but their
+seed are never averaged. A run that failed, was cut off or is damaged is a hole, listed with its reason.
+
+Exit status: 0, also with holes; 2 when there is nothing to collect or the command is wrong.
+"""
+HEADLINE = "test/top1"
+
+
+@dataclass
+class CollectConfig:
+    """The keys of the command."""
+
+    study: str = MISSING
+    metric: str = HEADLINE
+    runs_root: str = "runs"
+    results_root: str = "results"
+
+
+def parse(words: list[str]) -> CollectConfig:
+    """The config that `key=value` words make. Raises ConfigError."""
+    names = [field.name for field in fields(CollectConfig)]
+    given: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in names:
+            near = nearest(name, names)
+            hint = " or ".join(f"{name}={value}" for name in near) if equals else "python -m vkd.collect --help"
+            raise ConfigError(f"vkd.collect has no key {name!r}", expected=list_names(names), hint=hint)
+        if not value:
+            raise ConfigError(f"{name} needs a value", expected=f"{name}=...", hint="python -m vkd.collect --help")
+        given[name] = value
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CollectConfig), given))
+    except OmegaConfBaseException:
+        shown = _list_studies(given.get("runs_root", "runs"))
+        raise ConfigError("which study?", expected="study=NAME", hint=shown) from None
+    parts = Path(config.study).parts
+    if Path(config.study).is_absolute() or not parts or any(part.startswith(".") for part in parts):
+        raise ConfigError(f"study={config.study} is no name of a study", expected="the name of a folder in runs_root")
+    return config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command with the words `argv` (those of the command line by default); the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h", "help"} & set(words):
+        print(HELP, end="")
+        return 0
+    try:
+        config = parse(words)
+        table = collect(config)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print_table(table, Path(config.results_root, config.study))
+    return 0
+
+
+def collect(config: CollectConfig) -> Table:
+    """Read the study's runs, write its results and give its table. Raises UserError."""
+    runs = list(read_runs(Path(config.runs_root, config.study), relative_to=config.runs_root))
+    if not runs:
+        folder = Path(config.runs_root, config.study)
+        what = "there are no runs in" if folder.is_dir() else "there is no folder"
+        raise UserError(f"nothing to collect: {what} {folder}", hint=_list_studies(config.runs_root))
+    _check_metric(config.metric, runs)
+    words = [f"study={config.study}"] + [f"metric={config.metric}"] * (config.metric != HEADLINE)
+    command = shlex.join(["python", "-m", "vkd.collect", *words])
+    table = build_table(runs, study=config.study, metric=config.metric, command=command)
+    _write(table, Path(config.results_root, config.study))
+    return table
+
+
+def _list_studies(runs_root: str) -> str:
+    """The studies below a folder of runs, as the words that would collect them."""
+    root = Path(runs_root)
+    names = (
+        sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".") if root.is_dir() else []
+    )
+    return " or ".join(f"study={name}" for name in names[:12]) or f"train something: {root} holds no study yet"
+
+
+def _check_metric(metric: str, runs: list[Run]) -> None:
+    """Raise ConfigError where finished runs exist and none of them knows the metric."""
+    known = {name for run in runs for name in run.metrics}
+    if known and metric not in known:
+        near = nearest(metric, known)
+        hint = " or ".join(f"metric={name}" for name in near)
+        raise ConfigError(f"no run has the metric {metric!r}", expected=list_names(known, most=40), hint=hint)
+
+
+def _write(table: Table, folder: Path) -> None:
+    """Write the four files of a study's results, each whole or not at all."""
+    from vkd.records.plots import draw, to_png, to_svg
+
+    figure = draw(table)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder / "table.md", to_markdown(table))
+        write_text_atomically(folder / "table.csv", to_csv(table))
+        write_bytes_atomically(folder / "accuracy.png", to_png(figure))
+        write_bytes_atomically(folder / "accuracy.svg", to_svg(figure))
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}", hint="results_root=FOLDER") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

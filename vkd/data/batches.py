@@ -1,0 +1,142 @@
+"""What a data set offers to whatever trains or evaluates on it, however its images are loaded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vkd.errors import ConfigError
+from vkd.randomness import generator
+
+
+@dataclass
+class ImageBatch:
+    """Some images of one split, on the device. Read them only: they may be views of the stored data set.
+
+    images: pixels, uint8 [B, C, H, W].
+    targets: classes, int64 [B].
+    indices: positions in the split, int64 [B].
+    """
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a data set beside its pixels; see `Data`."""
+
+    name: str
+    class_names: list[str]
+    channels: int
+    image_size: tuple[int, int]
+    mean: list[float]
+    std: list[float]
+    notes: list[str]
+    identity: str
+
+
+class Data(ABC):
+    """A data set, split and ready to train on.
+
+    Attributes:
+        name: as in the config.
+        class_names, num_classes: names of the C classes, and C.
+        channels: of an image.
+        image_size: (height, width) in pixels.
+        mean, std: normalisation, one value a channel, for pixels in [0, 1].
+        loading: "resident" (all pixels on the device) or "streaming" (files, read by workers).
+        notes: what a user should be told.
+        identity: sha256 in hex of the content: pixels (or relative paths and sizes of files), labels, class names.
+        sizes: number of images of each split present, under "train", "val", "test".
+    """
+
+    loading: str
+
+    def __init__(self, description: Description, sizes: dict[str, int], device: torch.device) -> None:
+        self.name = description.name
+        self.class_names = description.class_names
+        self.num_classes = len(description.class_names)
+        self.channels = description.channels
+        self.image_size = description.image_size
+        self.mean, self.std = description.mean, description.std
+        self.notes = description.notes
+        self.identity = description.identity
+        self.sizes = sizes
+        self.device = device
+
+    @property
+    def splits_present(self) -> set[str]:
+        """Of {"train", "val", "test"}, those that there are."""
+        return set(self.sizes)
+
+    @property
+    def train_size(self) -> int:
+        """Number of training images, those carved off for validation not counted."""
+        return self.sizes["train"]
+
+    def steps_per_epoch(self, batch_size: int, drop_last: bool) -> int:
+        """Number of batches of one epoch, at least 1.
+
+        The last, smaller batch is left out when `drop_last`, and always when it would hold one image alone, since
+        BatchNorm cannot take it.
+
+        Raises:
+            ConfigError: naming recipe.batch_size, when it is below 1 or no batch is left.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"recipe.batch_size={batch_size}", expected="1 or more")
+        whole, rest = divmod(self.train_size, batch_size)
+        steps = whole + (not drop_last and rest > 1)
+        if steps == 0:
+            raise ConfigError(
+                f"recipe.batch_size={batch_size} leaves no batch of the {self.train_size} training images",
+                expected=f"at most {self.train_size}, or fewer images dropped",
+                hint=f"recipe.batch_size={self.train_size}",
+            )
+        return steps
+
+    def train_batches(
+        self, *, seed: int, epoch: int, batch_size: int, drop_last: bool, start_step: int = 0
+    ) -> Iterator[ImageBatch]:
+        """The batches of one training epoch: every training image once, in random order, augmented.
+
+        Order and augmentation depend on (seed, epoch) alone, not on the device, the workers or what was drawn before;
+        an image's augmentation does not depend on the batch size either. A last, smaller batch is left out when
+        `drop_last`, and always when it would hold one image alone, since BatchNorm cannot take it.
+
+        Args:
+            start_step: leaves out as many batches at the start, at no cost; the others are what they were.
+        """
+        steps = self.steps_per_epoch(batch_size, drop_last)
+        if not 0 <= start_step <= steps:
+            raise ValueError(f"start_step={start_step} is outside 0 .. {steps}, the steps of the epoch")
+        order = torch.randperm(self.train_size, generator=generator(seed, "order", epoch))
+        if start_step == steps:
+            return iter(())
+        return self._train_batches(order[start_step * batch_size : steps * batch_size], batch_size, seed, epoch)
+
+    def eval_batches(self, split: str, *, batch_size: int) -> Iterator[ImageBatch]:
+        """All images of a split ("train", "val" or "test") in their own order, not augmented, none left out.
+
+        Raises:
+            ValueError: when there is no such split, as "val" when `dataset.val_fraction` is 0.
+        """
+        if split not in self.sizes:
+            raise ValueError(f"data set {self.name!r} has no split {split!r}, but {sorted(self.sizes)}")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}", expected="1 or more")
+        return self._eval_batches(split, batch_size)
+
+    @abstractmethod
+    def _train_batches(self, order: Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[ImageBatch]:
+        """The augmented training images at the positions `order`, int64 [at least 1] on the CPU, in batches."""
+
+    @abstractmethod
+    def _eval_batches(self, split: str, batch_size: int) -> Iterator[ImageBatch]:
+        """All images of `split`, which exists, in batches."""

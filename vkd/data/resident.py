@@ -1,0 +1,75 @@
+"""Small images: each split lies on the device as one uint8 tensor and is augmented there in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vkd.data.augmentation import BatchAugmentation
+from vkd.data.batches import Data, Description, ImageBatch
+from vkd.data.sources import ImageArrays
+from vkd.randomness import generator
+
+CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
+"""Pixels that are gathered and augmented at once, so that small batches share the cost of launching the operations; on
+the CPU no more than its cache holds. No effect on what is yielded."""
+
+
+class ResidentData(Data):
+    """A data set whose splits are tensors on the device; see `Data`.
+
+    Args:
+        splits: images uint8 [N, H, W, C] and labels int64 [N] under "train", "test" and perhaps "val".
+        augmentations: applied in this order to training images.
+        device: where the tensors lie.
+    """
+
+    loading = "resident"
+
+    def __init__(
+        self,
+        description: Description,
+        splits: Mapping[str, ImageArrays],
+        augmentations: Sequence[BatchAugmentation],
+        device: torch.device,
+    ) -> None:
+        super().__init__(description, {split: len(arrays.labels) for split, arrays in splits.items()}, device)
+        self.augmentations = list(augmentations)
+        self._images = {split: _channels_first(arrays.images).to(device) for split, arrays in splits.items()}
+        self._labels = {split: torch.from_numpy(arrays.labels).to(device) for split, arrays in splits.items()}
+
+    def images(self, split: str) -> Tensor:
+        """All images of a split as stored on the device, uint8 [N, C, H, W]; not to be written to."""
+        return self._images[split]
+
+    def targets(self, split: str) -> Tensor:
+        """All classes of a split as stored on the device, int64 [N]; not to be written to."""
+        return self._labels[split]
+
+    def _train_batches(self, order: Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[ImageBatch]:
+        random = generator(seed, "augmentation", epoch)
+        drawn = [augmentation.draw(self.train_size, random, self.image_size) for augmentation in self.augmentations]
+        choices = [rows.to(self.device, non_blocking=True) for rows in drawn]
+        order = order.to(self.device, non_blocking=True)
+        batch_bytes = batch_size * self.channels * self.image_size[0] * self.image_size[1]
+        for chunk in order.split(batch_size * max(1, CHUNK_BYTES.get(self.device.type, 1 << 20) // batch_bytes)):
+            images = self._images["train"].index_select(0, chunk)
+            for augmentation, rows in zip(self.augmentations, choices, strict=True):
+                images = augmentation.apply(images, rows.index_select(0, chunk))
+            targets = self._labels["train"].index_select(0, chunk)
+            for parts in zip(*(part.split(batch_size) for part in (images, targets, chunk)), strict=True):
+                yield ImageBatch(*parts)
+
+    def _eval_batches(self, split: str, batch_size: int) -> Iterator[ImageBatch]:
+        indices = torch.arange(self.sizes[split], device=self.device)
+        tensors = (self._images[split], self._labels[split], indices)
+        for parts in zip(*(tensor.split(batch_size) for tensor in tensors), strict=True):
+            yield ImageBatch(*parts)
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    """uint8 [N, H, W, C] to a contiguous uint8 tensor [N, C, H, W] of its own memory."""
+    return torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C", copy=True))

@@ -1,0 +1,89 @@
+"""The help page of `python -m vkd.train`, made from the files in `conf/` so that it cannot go stale."""
+
+from __future__ import annotations
+
+import textwrap
+
+from vkd.composition import group_choices
+
+_GROUPS = {
+    "dataset": "what is learnt; brings the recipe and the pair that the literature uses with it",
+    "pair": "teacher and student at once; or name any timm networks: teacher.arch=... student.arch=...",
+    "method": "how the student is taught; a sum is written method=[kd,other]",
+    "divergence": "how far the student's distribution is from the teacher's",
+    "recipe": "epochs, batch size, optimizer, schedule; recipe@teacher.recipe=... for a teacher that vkd trains",
+    "tracker": "who is told beside the run directory",
+    "experiment": "named studies, added with a plus: +experiment=...",
+}
+
+_EXAMPLES = [
+    ("a full run on embedded data: a teacher is trained once, then a student", "python -m vkd.train"),
+    (
+        "the paper's pair on CIFAR-100, with a checkpoint for the teacher",
+        "python -m vkd.train dataset=cifar100 pair=resnet56_resnet20 teacher.checkpoint=resnet56.safetensors \\\n"
+        "    divergence=abkd divergence.alpha=0.8 divergence.beta=0.3",
+    ),
+    (
+        "a sweep: 2 x 3 x 3 students",
+        "python -m vkd.train -m divergence=abkd divergence.alpha=0.6,0.8 divergence.beta=0.0,0.2,0.4 seed=1,2,3",
+    ),
+    (
+        "your own photos, with networks from timm",
+        "python -m vkd.train dataset=imagefolder dataset.root=photos teacher.arch=convnext_tiny \\\n"
+        "    student.arch=mobilenetv3_small_100",
+    ),
+    (
+        "a named study, and its table",
+        "python -m vkd.train +experiment=quickstart\npython -m vkd.collect study=quickstart",
+    ),
+]
+
+_KEYS = [
+    ("seed=1", "decides weights, order, augmentation, dropout: the same seed twice gives the same numbers"),
+    ("study=null", "folder of the run below runs_root; null: the data set's name"),
+    ("device=auto", "cuda, mps or cpu, whichever is there first; or cuda:1, cpu, ..."),
+    ("precision=fp32", "fp32, bf16 or fp16"),
+    ("teacher.checkpoint=null", "weights of the teacher, .safetensors or .pth; null: vkd trains it, once"),
+    ("teacher.pretrained=false", "timm's pretrained weights"),
+    ("divergence.temperature=4.0", "softens both distributions"),
+    ("cross_entropy_weight=0.1", "of the labels, beside method.kd.weight=0.9"),
+    ("recipe.epochs=...", "and recipe.batch_size, .optimizer, .learning_rate, .scheduler, .clip_grad_norm, .ema_decay"),
+    ("dataset.val_fraction=0.1", "carved from train for selection; 0: no selection, all of train"),
+    ("runs_root=runs", "and results_root=results, data_root=data"),
+    ("compile, channels_last", "true or false; speed only"),
+]
+
+
+def train_page() -> str:
+    """The page as text, 100 columns."""
+    choices = group_choices()
+    lines = [
+        "vkd.train: knowledge distillation for vision, with forward KL, reverse KL and all between them.",
+        "",
+        "    python -m vkd.train [-m] [group=choice ...] [key=value ...]",
+        "",
+        "One command is one run; with -m, comma-separated values make a sweep. A run that was stopped goes on",
+        "with the same command, one that is done is not done again.",
+        "",
+        "GROUPS AND THEIR CHOICES",
+    ]
+    known = [*_GROUPS, *sorted(set(choices) - set(_GROUPS))]
+    for group in known:
+        if group in choices:
+            lines.append(f"  {group}: {_GROUPS.get(group, '')}".rstrip(": "))
+            lines += textwrap.wrap(", ".join(choices[group]), 96, initial_indent="      ", subsequent_indent="      ")
+    lines += ["", "KEYS (with their defaults; every key and its type: vkd/config.py)"]
+    lines += [f"  {key:<28}{meaning}" for key, meaning in _KEYS]
+    lines += ["", "EXAMPLES"]
+    for meaning, command in _EXAMPLES:
+        lines += [f"  {meaning}", textwrap.indent(command, "      ")]
+    lines += [
+        "",
+        "HYDRA'S OWN SWITCHES",
+        "  --cfg job    print the composed config and stop      --info defaults    where each part comes from",
+        "",
+        "A run leaves config.yaml, metrics.jsonl, result.json, student.safetensors, last.ckpt, status.json and",
+        "train.log in runs/<study>/<teacher>-<student>/<method>-<divergence>-s<seed>-<hash>/.",
+        "See also: python -m vkd.collect --help, python -m vkd.evaluate --help.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,105 @@
+"""What a method is given and what it gives back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vkd.registry import Registry
+
+if TYPE_CHECKING:
+    from vkd.divergences import Divergence
+
+METHODS: Registry[type[Method]] = Registry("method")
+
+
+@dataclass
+class Output:
+    """What a network said about one view of a batch.
+
+    logits: [B, C], before softmax.
+    features: intermediate maps, first stage first, where the method asks for them (`needs_features`).
+    """
+
+    logits: Tensor
+    features: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Progress:
+    """How far training is: the epoch in hand (from 1), epochs in all, steps done, steps in all."""
+
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+
+
+@dataclass
+class Batch:
+    """One step's worth of what a method may look at.
+
+    student: the student's output, with gradient.
+    teacher: the teacher's output on the same view, without gradient.
+    targets: labels [B], int64.
+    indices: position of each image in the training split [B], int64.
+    progress: how far training is, for warm-ups.
+    views: (student, teacher) outputs of further views of the same images, where the method asks for several (`views`).
+    """
+
+    student: Output
+    teacher: Output
+    targets: Tensor
+    indices: Tensor
+    progress: Progress
+    views: list[tuple[Output, Output]] = field(default_factory=list)
+
+
+@dataclass
+class MethodContext:
+    """What a method may need to know when it is built.
+
+    divergence: the configured divergence; None where no method of the run uses one.
+    num_classes, train_size: C and the number of training images.
+    epochs, steps_per_epoch: the length of training.
+    student, teacher: the networks, to look at shapes only; the method must neither keep nor change them.
+    image_shape: (channels, height, width) of the images the networks see.
+    generator: the method's own stream of random numbers, for its draws; parameters are initialised from another one.
+    """
+
+    divergence: Divergence | None
+    num_classes: int
+    train_size: int
+    epochs: int
+    steps_per_epoch: int
+    student: nn.Module
+    teacher: nn.Module
+    image_shape: tuple[int, int, int]
+    generator: torch.Generator
+
+
+class Method(nn.Module, ABC):
+    """How a student is taught.
+
+    Calling it with a `Batch` gives named, already weighted scalar terms that the trainer adds up. Cross-entropy with
+    the labels belongs to no method: the trainer adds it. Parameters go to the optimizer, buffers into the checkpoint,
+    and none of them into the saved student.
+
+    It is built as `SomeMethod(context, **parameters)`: the keyword-only parameters of its `__init__`, with their type
+    hints, are the keys under `method.<name>` in the config.
+    """
+
+    uses_divergence: ClassVar[bool] = False
+    """Whether the method compares distributions by the configured divergence."""
+    needs_features: ClassVar[bool] = False
+    """Whether `Output.features` must be filled."""
+    views: ClassVar[int] = 1
+    """How many views of each image the method wants."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Named, weighted scalar terms of the loss, in float32 or wider."""

@@ -1,0 +1,379 @@
+"""Run directories, read as what they are: files that somebody else wrote.
+
+`read_runs` walks a folder and yields a `Run` for each run directory, finished or not. A run that failed, that was cut
+off or whose files are damaged is yielded as well, with its reason, so that a table can show the hole. Nothing in a run
+directory is executed, unpickled or trusted to be small.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MARKERS = frozenset({"config.yaml", "result.json", "status.json"})
+MOST_BYTES = 4 * 2**20
+MOST_VALUES = 50_000
+MOST_LEVELS = 24
+FORMAT = 1
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]+")
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+_NOT_PARAMETERS = frozenset({"format", "fingerprint", "group", "study", "seed", "metrics", "timing", "environment"})
+_NEUTRAL = frozenset({"root", "device", "workers", "compile", "graphs", "folding", "cache", "caches", "launcher"})
+_NEUTRAL |= {"memory_layout", "memory_format", "channels_last"}
+_IN_CONFIG = frozenset({"dataset", "teacher", "student", "method", "divergence", "recipe"})
+_IN_CONFIG |= {"cross_entropy_weight", "precision", "world_size"}
+_RUN_NAME = re.compile(r".*-s-?\d+-[0-9a-f]{8}")
+
+
+class Damaged(Exception):
+    """A file of a run directory that cannot be what it should be; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory.
+
+    path: the directory, relative to the folder of all runs where `read_runs` was told of it; with forward slashes.
+    state: "done", "failed", "running", "interrupted", "unfinished" (no sign of its end) or "damaged".
+    reason: why it is not done, in one line.
+    content: `result.json` of a done run, otherwise `config.yaml`; empty where that cannot be read.
+    """
+
+    path: str
+    state: str
+    reason: str = ""
+    content: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def done(self) -> bool:
+        """Whether the run finished and its result could be read."""
+        return self.state == "done"
+
+    @property
+    def why(self) -> str:
+        """State and reason, as a table's footnote says them."""
+        return f"{self.state}: {self.reason}" if self.reason else self.state
+
+    @property
+    def identified(self) -> bool:
+        """Whether the content says which data set, student, method and seed this run belongs to."""
+        return bool(self.dataset and self.student and self.seed is not None and isinstance(self._method, dict))
+
+    @property
+    def fingerprint(self) -> str:
+        """What the run is, seed included; empty for a run that is not done."""
+        return str(self.content.get("fingerprint", "")) if self.done else ""
+
+    @property
+    def group(self) -> str:
+        """What the run is, but for its seed; empty for a run that is not done."""
+        return str(self.content.get("group", "")) if self.done else ""
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set."""
+        return _text(self.content, "dataset", "name")
+
+    @property
+    def teacher(self) -> str:
+        """Architecture of the teacher; empty for plain training."""
+        return "" if self.plain else _text(self.content, "teacher", "arch")
+
+    @property
+    def student(self) -> str:
+        """Architecture of the student."""
+        return _text(self.content, "student", "arch")
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the student; None where it is not an integer."""
+        value = number(self.content.get("seed"))
+        return int(value) if value is not None and value.is_integer() else None
+
+    @property
+    def _method(self) -> Any:
+        """The method as a dict of its parts; another type where the content is wrong."""
+        method = self.content.get("method", False)
+        return {} if method in (None, "none") else method
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is plain training: no teacher, no method."""
+        return isinstance(self._method, dict) and not self._method.keys() - {"none"}
+
+    @property
+    def method(self) -> str:
+        """The method, a sum of methods as "kd+at", plain training as "none"."""
+        if self.plain or not isinstance(self._method, dict):
+            return "none"
+        return "+".join(sorted((clean(str(name)) for name in self._method), key=lambda name: (name != "kd", name)))
+
+    @property
+    def divergence(self) -> str:
+        """Name of the divergence; empty where the method has none."""
+        return "" if self.plain else _text(self.content, "divergence", "name")
+
+    @property
+    def alpha(self) -> float | None:
+        """alpha of the divergence; None where it has none."""
+        return None if self.plain else number(_get(self.content, "divergence", "alpha"))
+
+    @property
+    def beta(self) -> float | None:
+        """beta of the divergence; None where it has none."""
+        return None if self.plain else number(_get(self.content, "divergence", "beta"))
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The metrics of a done run by name; empty otherwise."""
+        metrics = self.content.get("metrics") if self.done else None
+        return metrics if isinstance(metrics, dict) else {}
+
+    def metric(self, name: str) -> float | None:
+        """The metric `name` of a done run; None where it is null, missing or no finite number."""
+        return number(self.metrics.get(name))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Versions and device of a done run, as text."""
+        environment = self.content.get("environment") if self.done else None
+        return {clean(str(k)): clean(str(v)) for k, v in environment.items()} if isinstance(environment, dict) else {}
+
+    @cached_property
+    def parameters(self) -> dict[str, Any]:
+        """Everything that may tell two runs of one method apart, by dotted name, seed and measurements left out.
+
+        Values are comparable: numbers are floats, so that 1 is 1.0. Null is kept, and says as much as absence does in
+        a result; in a config, absence says nothing.
+        """
+        flat: dict[str, Any] = {}
+        for section, value in self.content.items():
+            if section in _NOT_PARAMETERS or (not self.done and section not in _IN_CONFIG):
+                continue
+            if section in ("teacher", "divergence", "method") and self.plain:
+                continue
+            _flatten(clean(str(section)), value, flat)
+        return {
+            name: value
+            for name, value in flat.items()
+            if name.rpartition(".")[2] not in _NEUTRAL and not name.startswith("teacher.accuracy")
+        }
+
+    def teacher_accuracy(self, split: str) -> float | None:
+        """The teacher's top-1 on "val" or "test" in percent; None where the run does not say."""
+        return number(_get(self.content, "teacher", "accuracy", split)) if self.done and not self.plain else None
+
+    def teacher_fact(self, name: str) -> Any:
+        """An entry of the result's `teacher`, such as "sha256" or "saw_val"; None where there is none."""
+        return _get(self.content, "teacher", name) if self.done and not self.plain else None
+
+
+def read_runs(root: str | Path, relative_to: str | Path | None = None) -> Iterator[Run]:
+    """Yield the runs below `root` in the order of their paths, one at a time.
+
+    A run directory is one that holds `config.yaml`, `result.json` or `status.json`, or one at least two
+    levels below `root` with nothing but the name of a run directory. Names that begin with a dot are skipped.
+    """
+    base = str(relative_to if relative_to is not None else root)
+    for path in _run_directories(str(root), level=0):
+        yield read_run(path, name=os.path.relpath(path, base).replace(os.sep, "/"))
+
+
+def read_run(path: str | Path, name: str | None = None) -> Run:
+    """The run in the directory `path`, called `name` in what is said about it. Never raises for what a file holds."""
+    name = clean(name if name is not None else str(path))
+    folder = str(path)
+    config: dict[str, Any] = {}
+    try:
+        status = _read_json(folder, "status.json")
+        result = _read_json(folder, "result.json")
+        state, reason = _judge(status, result)
+    except Damaged as error:
+        result, state, reason = None, "damaged", str(error)
+    if state == "done":
+        return Run(name, state, reason, result)
+    try:
+        config = _read_yaml(folder, "config.yaml") or {}
+        if not config:
+            reason = f"{reason}; no config.yaml" if reason else "no config.yaml"
+    except Damaged as error:
+        reason = f"{reason}; {error}" if reason else str(error)
+    return Run(name, state, reason, config)
+
+
+def number(value: Any) -> float | None:
+    """`value` as a float; None where it is no finite number. A bool is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        value = float(value)
+    except OverflowError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def clean(text: str, most: int = 300) -> str:
+    """`text` as one line without control characters, cut after `most`: fit for a terminal and a table."""
+    text = " ".join(_CONTROL.sub(" ", text).split())
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _run_directories(folder: str, level: int) -> Iterator[str]:
+    """The run directories at or below `folder`, which lies `level` levels below the root."""
+    try:
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+    except OSError:
+        entries = []
+    if level and any(entry.name in MARKERS for entry in entries):
+        yield folder
+        return
+    below = [entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    if level >= 2 and not below and _RUN_NAME.fullmatch(Path(folder).name):
+        yield folder
+    elif level < 4:
+        for path in below:
+            yield from _run_directories(path, level + 1)
+
+
+def _judge(status: dict[str, Any] | None, result: dict[str, Any] | None) -> tuple[str, str]:
+    """State and reason of a run from its two JSON files, each None where it is missing. Raises Damaged."""
+    if status is None and result is None:
+        return "unfinished", "no result.json"
+    state = status.get("state") if status is not None else "done"
+    if state == "failed":
+        trace = str(status.get("traceback") or "").strip().splitlines()
+        return "failed", clean(str(status.get("reason") or (trace[-1] if trace else "no reason given")))
+    if state in ("running", "interrupted"):
+        progress = f"epoch {clean(str(status.get('epoch', '?')), 12)} of {clean(str(status.get('epochs', '?')), 12)}"
+        heard = clean(str(status.get("updated") or "at an unknown time"), 40)
+        return state, progress if state == "interrupted" else f"{progress}, last heard of {heard}"
+    if state != "done":
+        raise Damaged(f"status.json has the unknown state {clean(repr(state), 40)}")
+    if result is None:
+        raise Damaged("status.json says done, but there is no result.json")
+    _check_result(result)
+    return "done", ""
+
+
+def _check_result(result: dict[str, Any]) -> None:
+    """Raise Damaged where `result` lacks what a table stands on."""
+    if result.get("format") != FORMAT:
+        found = clean(repr(result.get("format")), 40)
+        raise Damaged(f"result.json has format {found}; this version of vkd reads format {FORMAT}")
+    for name in ("fingerprint", "group"):
+        if not isinstance(result.get(name), str) or not result[name]:
+            raise Damaged(f"result.json lacks {name}")
+    if not isinstance(result.get("metrics"), dict):
+        raise Damaged("result.json lacks metrics")
+    if not Run("", "done", "", result).identified:
+        raise Damaged("result.json lacks one of dataset.name, student.arch, method and a whole-numbered seed")
+
+
+def _read_bytes(folder: str, name: str) -> bytes | None:
+    """Content of a plain file of reasonable size; None where there is none. Raises Damaged."""
+    path = Path(folder, name)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+            raise Damaged(f"{name} is no plain file")
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Damaged(f"{name} cannot be read: {error.strerror}") from None
+    if len(data) > MOST_BYTES:
+        raise Damaged(f"{name} is larger than {MOST_BYTES // 2**20} MiB")
+    return data
+
+
+def _read_json(folder: str, name: str) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file. Raises Damaged."""
+    data = _read_bytes(folder, name)
+    if data is None:
+        return None
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{name} is not whole JSON: {clean(str(error), 120)}") from None
+    return _bounded(name, content)
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """YAML's safe loader without merge keys, with which a small file can ask for any amount of memory."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Leave `<<` alone; the loader then refuses it as an unknown tag."""
+
+
+def _read_yaml(folder: str, name: str) -> dict[str, Any] | None:
+    """The YAML mapping in a file; None where there is no file. Raises Damaged; constructs nothing but plain data."""
+    data = _read_bytes(folder, name)
+    if data is None:
+        return None
+    try:
+        content = yaml.load(data, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise Damaged(f"{name} is not plain YAML: {clean(str(error), 120)}") from None
+    return _bounded(name, content)
+
+
+def _bounded(name: str, content: Any) -> dict[str, Any]:
+    """`content`, where it is a mapping of reasonable extent (aliases of YAML unfolded). Raises Damaged."""
+    if not isinstance(content, dict):
+        raise Damaged(f"{name} holds {type(content).__name__}, not a mapping")
+    pending, seen = [(content, 0)], 0
+    while pending:
+        value, level = pending.pop()
+        children = list(value.values()) if isinstance(value, dict) else list(value)
+        seen += len(children)
+        if seen > MOST_VALUES or level > MOST_LEVELS:
+            raise Damaged(f"{name} holds too many values or levels")
+        pending += [(child, level + 1) for child in children if isinstance(child, (dict, list, set, tuple))]
+    return content
+
+
+def _get(content: Any, *names: str) -> Any:
+    """The value at the end of a path of keys; None where the path ends early."""
+    for name in names:
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
+def _text(content: Any, *names: str) -> str:
+    """The text at the end of a path of keys, cleaned; empty where there is none."""
+    value = _get(content, *names)
+    return clean(value, 100) if isinstance(value, str) else ""
+
+
+def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
+    """Put the leaves of `value` into `into`, each under its dotted name, in a comparable form."""
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            _flatten(f"{name}.{clean(str(key), 80)}", child, into)
+    else:
+        into[name] = _comparable(value)
+
+
+def _comparable(value: Any) -> Any:
+    """A hashable form of a leaf in which equal settings are equal: 1 is 1.0, but true is not 1."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return number(value) if number(value) is not None else clean(str(value)[:300])
+    if isinstance(value, str):  # YAML reads 5e-4 as text
+        return _comparable(float(value)) if len(value) < 40 and _EXPONENT.fullmatch(value) else clean(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(_comparable(child) for child in value)
+    return value if value is None else clean(str(value))

@@ -1,0 +1,181 @@
+"""The directory of one run: where it is, who holds it, and what state it is in."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+import yaml
+
+from vkd.errors import ConfigError, UserError
+from vkd.records.atomic import write_json_atomically, write_text_atomically
+
+RUNNING, INTERRUPTED, DONE, FAILED = "running", "interrupted", "done", "failed"
+
+logger = logging.getLogger("vkd")
+
+
+def _safe(name: str) -> str:
+    """`name` with everything but letters, digits, '.', '_' and '+' replaced, so that it is one short folder name."""
+    return re.sub(r"[^A-Za-z0-9._+]", "_", name)
+
+
+class RunDirectory:
+    """`runs/<study>/<teacher>-<student>/<method>-<divergence>-s<seed>-<hash8>/`; plain training names only its student.
+
+    Args:
+        path: of the directory, which need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        runs_root: str,
+        study: str,
+        teacher: str | None,
+        student: str,
+        methods: list[str],
+        divergence: str | None,
+        seed: int,
+        fingerprint: str,
+    ) -> RunDirectory:
+        """The directory that belongs to a run: the same for the same fingerprint in the same study."""
+        pair = _safe(student) if teacher is None else f"{_safe(teacher)}-{_safe(student)}"
+        method = "+".join(_safe(name) for name in methods) or "none"
+        label = method if divergence is None else f"{method}-{_safe(divergence)}"
+        return cls(Path(runs_root) / _safe(study) / pair / f"{label}-s{seed}-{fingerprint[:8]}")
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object an epoch."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """What came out; there once the run is done."""
+        return self.path / "result.json"
+
+    @property
+    def weights(self) -> Path:
+        """The student after the last epoch."""
+        return self.path / "student.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """What resuming needs."""
+        return self.path / "last.ckpt"
+
+    @property
+    def log(self) -> Path:
+        """What was said while it ran."""
+        return self.path / "train.log"
+
+    def create(self, config: dict[str, Any]) -> None:
+        """Make the directory and write the config into it. Raises ConfigError where that is not allowed."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
+        except OSError as error:
+            raise ConfigError(
+                f"the run directory {self.path} cannot be written: {error.strerror or error}",
+                expected="a folder that you may write to",
+                hint="runs_root=SOME_OTHER_FOLDER",
+            ) from error
+
+    def state(self) -> str | None:
+        """running, interrupted, done or failed; None where nothing is known."""
+        try:
+            return json.loads((self.path / "status.json").read_text())["state"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def is_done(self) -> bool:
+        """Whether the run has ended well and its result is there."""
+        return self.state() == DONE and self.result.is_file()
+
+    def write_state(
+        self, state: str, *, epoch: int | None = None, epochs: int | None = None, reason: str = "", traceback: str = ""
+    ) -> None:
+        """Say how the run stands."""
+        status = {
+            "state": state,
+            "reason": reason,
+            "traceback": traceback,
+            "epoch": epoch,
+            "epochs": epochs,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "updated": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+        write_json_atomically(self.path / "status.json", status)
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Make `metrics.jsonl` hold exactly these lines: what a kill wrote after the last checkpoint is dropped."""
+        write_text_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in history))
+
+    @contextmanager
+    def held(self, *, wait: bool = False) -> Iterator[None]:
+        """Keep every other process out of the directory. The system lets go by itself when this process dies.
+
+        Args:
+            wait: wait for another holder to finish, rather than raise UserError.
+        """
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            if not wait:
+                raise UserError(
+                    f"another process is at work in {self.path}", expected="one process a run", hint="wait for it"
+                ) from error
+            logger.info("waiting for another process that is at work in %s", self.path)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Copy what vkd says to `train.log` too."""
+        handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The `config.yaml` of a run directory, as data.
+
+    Raises ConfigError where there is none or it is not one.
+    """
+    file = RunDirectory(path).config
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} cannot be read", expected="the directory of a run, with its config.yaml") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds no config", expected="a config.yaml that vkd wrote")
+    return content

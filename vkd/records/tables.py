@@ -1,0 +1,332 @@
+"""The forms of a table: Markdown for a paper's repository and CSV for a script.
+
+The same runs give the same bytes: no form holds a time of day, a path outside the folder of runs or the order in which
+a disk lists its files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections import defaultdict
+from typing import Any
+
+from vkd.records.grouping import SELECTION, Cell, Column, Hole, Row, Table, show, teacher_split
+from vkd.records.reading import clean
+from vkd.records.statistics import Difference, Summary, summarise
+
+PERCENT = re.compile(r"(top\d+|agreement)(_.*)?")
+_WORDS = {
+    "top1": "top-1 (%)",
+    "top5": "top-5 (%)",
+    "top1_at_best_val": "top-1 at the epoch of the best val top-1 (%)",
+    "top1_max_over_epochs": "top-1, maximum over epochs (%)",
+    "agreement": "agreement with the teacher (%)",
+    "nll": "NLL (nats)",
+    "entropy": "entropy (nats)",
+    "teacher_kl": "KL from the teacher (nats)",
+    "ece": "ECE",
+}
+_CSV_COLUMNS = (
+    "dataset teacher student method divergence alpha beta variant metric mean std n difference_to_plain "
+    "difference_to_plain_std difference_to_plain_pairs difference_to_kd difference_to_kd_std difference_to_kd_pairs "
+    "val_top1 best_by_val teacher_test group seeds holes"
+)
+_VERSIONS = ("torch", "timm", "python", "device", "vkd", "git")
+
+
+def metric_title(metric: str) -> str:
+    """A metric's name in words, with its unit: "test top-1 (%)"."""
+    split, _, name = metric.rpartition("/")
+    return f"{split} {_WORDS.get(name, clean(name).replace('_', ' '))}".strip()
+
+
+def decimals(metric: str) -> int:
+    """Digits after the point with which a table shows a metric."""
+    return 2 if PERCENT.fullmatch(metric.rpartition("/")[2]) else 4
+
+
+def grid(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Header and body of the table as text, the teacher's accuracy in the first line of the body.
+
+    Method, divergence, alpha, beta, the variant where a row has one; then for every column of the table the metric and
+    the differences to the plain student and to KD.
+    """
+    variants = any(row.variant for row in table.rows)
+    header = ["method", "divergence", "alpha", "beta"] + ["variant"] * variants
+    width = len(header)
+    for column in table.columns:
+        header += [column.title, "to plain", "to KD"]
+    body = []
+    if any(table.teachers):
+        line = [f"teacher ({teacher_split(table.metric)})"] + [""] * (width - 1)
+        for teacher in table.teachers:
+            flag = " (saw val: unknown)" if teacher and teacher.unknown else ""
+            line += [_spread(teacher.summary, 2) + flag if teacher else "-", "", ""]
+        body.append(line)
+    for row in table.rows:
+        key = row.key
+        plain = key.method == "none"
+        line = ["plain student" if plain else key.method, key.divergence or "-", _point(key.alpha), _point(key.beta)]
+        line += [row.variant] * variants
+        for cell in row.cells:
+            line += _cell(cell, decimals(table.metric))
+        body.append(line)
+    return header, body
+
+
+def notes(table: Table) -> list[str]:
+    """What the table's numbers mean and under which conditions they came about, one sentence or list each."""
+    found = [
+        f"{metric_title(table.metric)}: mean ± sample standard deviation over seeds (number of seeds); "
+        "`2 of 3` is 2 finished runs and 1 hole.",
+        *_about_metric(table.metric),
+        *_about_differences(table),
+    ]
+    if any(cell.best for row in table.rows for cell in row.cells):
+        found.append(f"`*` has the best mean {SELECTION} of its column. Nothing is selected on test.")
+    if any(teacher and teacher.unknown for teacher in table.teachers):
+        found.append("saw val unknown: the teacher may have been trained on the validation images; see the protocol.")
+    found += _about_protocol(table) + _about_rows(table) + _about_machines(table)
+    return found + [f"{remark[:1].upper()}{remark[1:]}." for remark in table.remarks]
+
+
+def holes(table: Table) -> list[str]:
+    """The runs that a cell should have and has not, each with its reason, every run once."""
+    found: dict[str, None] = {}
+    for row in table.rows:
+        for column, cell in zip(table.columns, row.cells, strict=True):
+            where = row.label if row.key.method == "none" else f"{row.label}, {column.title}"
+            for hole in cell.holes:
+                found[f"{where if hole.path else f'{row.label}, {column.title}'}, {describe_hole(hole)}"] = None
+        empty = [column.title for column, cell in zip(table.columns, row.cells, strict=True) if cell.group is None]
+        if empty:
+            found[f"{row.label}: no runs in {'; '.join(empty)}"] = None
+    for hole in table.unplaced:
+        found[f"in no row: {describe_hole(hole)}"] = None
+    return list(found)
+
+
+def describe_hole(hole: Hole) -> str:
+    """A hole in one line: "seed 3: failed: loss not finite (`path`)"."""
+    seeds = ", ".join(map(str, hole.seeds))
+    name = f"seed{'s' * (len(hole.seeds) > 1)} {seeds}: " if hole.seeds else ""
+    return f"{name}{hole.reason}" + (f" (`{hole.path}`)" if hole.path else "")
+
+
+def to_markdown(table: Table) -> str:
+    """The whole of `table.md`: heading, command, table, notes and holes."""
+    header, body = grid(table)
+    first = 4 + ("variant" in header[:5])
+    escaped = [[_escape(text) for text in line] for line in [header, *body]]
+    widths = [max(3, *(len(line[index]) for line in escaped)) for index in range(len(header))]
+    right = [index >= first or header[index] in ("alpha", "beta") for index in range(len(header))]
+
+    def line(texts: list[str]) -> str:
+        cells = (
+            text.rjust(width) if is_right else text.ljust(width)
+            for text, width, is_right in zip(texts, widths, right, strict=True)
+        )
+        return f"| {' | '.join(cells)} |"
+
+    rule = ["-" * (width - 1) + ":" if is_right else "-" * width for width, is_right in zip(widths, right, strict=True)]
+    lines = [f"# {_escape(table.study)}: {metric_title(table.metric)}", "", f"    {table.command}", ""]
+    lines += [line(escaped[0]), line(rule), *map(line, escaped[1:]), "", "## Notes", ""]
+    lines += [f"- {_escape(note)}" for note in notes(table)]
+    found = holes(table)
+    if found:
+        lines += ["", "## Holes", "", *(f"- {_escape(hole)}" for hole in found)]
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(table: Table) -> str:
+    """The table as CSV: a line for every row and column that has a run, numbers in full precision."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, _CSV_COLUMNS.split(), lineterminator="\n")
+    writer.writeheader()
+    for row in table.rows:
+        for column, cell in zip(table.columns, row.cells, strict=True):
+            if cell.group is not None:
+                writer.writerow({name: _number(value) for name, value in _csv_line(table, column, row, cell).items()})
+    return file.getvalue()
+
+
+def _point(value: float | None) -> str:
+    """alpha or beta as a row shows it."""
+    return "-" if value is None else show(value)
+
+
+def _spread(summary: Summary, digits: int) -> str:
+    """Mean and standard deviation, rounded."""
+    std = "" if summary.std is None else f" ± {summary.std:.{digits}f}"
+    return f"{summary.mean:.{digits}f}{std}"
+
+
+def _cell(cell: Cell, digits: int) -> list[str]:
+    """A cell's three texts: the metric, the difference to the plain student, the difference to KD."""
+    if cell.group is None:
+        return ["-", "-", "-"]
+    n, expected = len(cell.values), cell.expected
+    count = f"({n})" if n == expected else f"({n} of {expected})"
+    value = _spread(cell.summary, digits) if cell.summary else "hole"
+    marks = "‡" * cell.mixed + "*" * cell.best
+    return [f"{value} {count}{marks}", _signed(cell.to_plain, digits), _signed(cell.to_kd, digits)]
+
+
+def _signed(difference: Difference | None, digits: int) -> str:
+    """A difference with its sign, its spread over pairs, and a mark where it is not paired."""
+    if difference is None:
+        return "-"
+    std = "" if difference.std is None else f" ± {difference.std:.{digits}f}"
+    return f"{difference.mean:+.{digits}f}{std}{'' if difference.paired else '†'}"
+
+
+def _about_metric(metric: str) -> list[str]:
+    """What a reader must know of the metric itself."""
+    split, _, name = metric.rpartition("/")
+    if name == "top1_max_over_epochs":
+        return [
+            f"The maximum over epochs picks each run's epoch on {split} itself, as many papers do. It flatters every "
+            "row and serves comparison with their numbers only."
+        ]
+    if name == "top1_at_best_val":
+        return [f"{split} top-1 at the epoch with the best val top-1."]
+    if split in ("val", "test"):
+        return [f"{metric} is that of the last epoch."]
+    return []
+
+
+def _about_differences(table: Table) -> list[str]:
+    """How the differences were taken, and why some are not there."""
+    cells = [(row, column, cell) for row in table.rows for column, cell in zip(table.columns, row.cells, strict=True)]
+    found = []
+    made = [difference for _, _, cell in cells for difference in (cell.to_plain, cell.to_kd) if difference]
+    if any(difference.paired for difference in made):
+        found.append(
+            "Differences are means over pairs of runs with the same seed ± their sample standard deviation; "
+            "KD is method kd with divergence fkld."
+        )
+    if not all(difference.paired for difference in made):
+        found.append("`†`: difference of the two means, since the seeds do not coincide.")
+    partial: dict[int, list[str]] = defaultdict(list)
+    for row, column, cell in cells:
+        for name, difference in (("plain", cell.to_plain), ("KD", cell.to_kd)):
+            if difference and difference.paired and difference.n < len(cell.values):
+                partial[difference.n].append(f"{row.label} to {name} ({column.title})")
+    found += [f"Over {n} pair{'s' * (n > 1)} only: {'; '.join(names)}." for n, names in sorted(partial.items())]
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for row, column, cell in cells:
+        for remark in cell.remarks:
+            reasons[remark].append(f"{row.label} ({column.title})")
+    return found + [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
+
+
+def _about_protocol(table: Table) -> list[str]:
+    """Validation share, epochs, batch size and precision of each column."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for index, column in enumerate(table.columns):
+        groups = [row.cells[index].group for row in table.rows if row.cells[index].group is not None]
+        words = []
+        for name in ("dataset.val_fraction", "recipe.epochs", "recipe.batch_size", "precision"):
+            values = {group.parameters.get(name) for group in groups} - {None}
+            if values:
+                shown = " or ".join(sorted((show(value) for value in values), key=lambda text: (len(text), text)))
+                words.append(f"{name} {shown}")
+        if words:
+            found[", ".join(words)].append(column.title)
+    if len(found) == 1:
+        return [f"Protocol: {next(iter(found))}."]
+    return [f"Protocol of {'; '.join(names)}: {words}." for words, names in found.items()]
+
+
+def _about_rows(table: Table) -> list[str]:
+    """Weights and temperature of each method and divergence; for alpha-beta always how the divergence is scaled."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in table.rows:
+        groups = [cell.group for cell in row.cells if cell.group is not None]
+        names = {name for group in groups for name in group.parameters}
+        words = []
+        for name in sorted(names):
+            section, _, rest = name.partition(".")
+            is_own = section in ("method", "cross_entropy_weight", "divergence")
+            if is_own and rest not in ("name", "alpha", "beta", "match_kl_scale"):
+                values = {group.parameters.get(name) for group in groups} - {None}
+                words += [f"{name} {' or '.join(sorted(map(show, values)))}"] if values else []
+        if row.key.divergence == "abkd":
+            states = {group.parameters.get("divergence.match_kl_scale") for group in groups}
+            scale = {"true": "matched to KL's", "false": "not matched to KL's"}
+            stated = " or ".join(sorted(scale.get(state, "not stated") for state in states))
+            words.append(f"divergence scale: {stated} (match_kl_scale)")
+        name = "plain student" if row.key.method == "none" else f"{row.key.method} {row.key.divergence}".rstrip()
+        found[name, ", ".join(words)].append(row.label)
+    alone: dict[str, int] = defaultdict(int)
+    for name, _ in found:
+        alone[name] += 1
+    return [
+        f"{name if alone[name] == 1 else '; '.join(labels)}: {words}."
+        for (name, words), labels in found.items()
+        if words
+    ]
+
+
+def _about_machines(table: Table) -> list[str]:
+    """Versions and hardware, with the number of runs of each, and the cells whose runs do not agree in them."""
+    counts: dict[str, set[str]] = defaultdict(set)
+    mixed: dict[str, None] = {}
+    for row in table.rows:
+        for column, cell in zip(table.columns, row.cells, strict=True):
+            for run in cell.group.runs.values() if cell.group is not None else ():
+                environment = run.environment
+                words = (
+                    f"{name} {show(environment[name])}" for name in _VERSIONS if environment.get(name, "None") != "None"
+                )
+                counts[", ".join(words) or "not recorded"].add(run.path)
+            if cell.mixed:
+                mixed[f"{row.label} ({column.title})"] = None
+    found = [f"Made with {words}: {len(paths)} run{'s' * (len(paths) > 1)}." for words, paths in sorted(counts.items())]
+    if mixed:
+        found.append(f"`‡`: runs of one cell were made with different versions or hardware: {', '.join(mixed)}.")
+    return found
+
+
+def _csv_line(table: Table, column: Column, row: Row, cell: Cell) -> dict[str, Any]:
+    """The values of one line of the CSV."""
+    key, summary = row.key, cell.summary
+    own = [run.teacher_accuracy("test") for run in cell.group.runs.values()]
+    teacher = summarise(accuracy for accuracy in own if accuracy is not None)
+    line: dict[str, Any] = {
+        "dataset": column.dataset,
+        "teacher": column.teacher,
+        "student": column.student,
+        "method": key.method,
+        "divergence": key.divergence,
+        "alpha": key.alpha,
+        "beta": key.beta,
+        "variant": row.variant,
+        "metric": table.metric,
+        "mean": summary and summary.mean,
+        "std": summary and summary.std,
+        "n": len(cell.values),
+        "val_top1": cell.val and cell.val.mean,
+        "best_by_val": int(cell.best),
+        "teacher_test": teacher and teacher.mean,
+        "group": cell.group.fingerprint,
+        "seeds": " ".join(map(str, sorted(cell.values))),
+        "holes": "; ".join(map(describe_hole, cell.holes)),
+    }
+    for name, difference in (("plain", cell.to_plain), ("kd", cell.to_kd)):
+        line[f"difference_to_{name}"] = difference and difference.mean
+        line[f"difference_to_{name}_std"] = difference and difference.std
+        line[f"difference_to_{name}_pairs"] = difference and difference.n
+    return line
+
+
+def _number(value: Any) -> Any:
+    """A value of the CSV: floats in full, nothing for None."""
+    return "" if value is None else repr(value) if isinstance(value, float) else value
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown neither takes for the end of a cell nor for HTML."""
+    return text.replace("|", "\\|").replace("<", "&lt;")

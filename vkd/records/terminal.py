@@ -1,0 +1,55 @@
+"""The table on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from vkd.records.grouping import Table
+from vkd.records.tables import grid, holes, metric_title, to_markdown
+
+MOST_HOLES = 20
+
+
+def print_table(table: Table, folder: Path) -> None:
+    """Show the table, whose files lie in `folder`: with rich on a terminal, as Markdown elsewhere."""
+    if not sys.stdout.isatty():
+        print(to_markdown(table), end="")
+        return
+    console = Console(highlight=False, markup=False)
+    for part in to_rich(table, console.width):
+        console.print(part)
+    found = holes(table)
+    for hole in found[:MOST_HOLES]:
+        console.print(f"hole: {hole}")
+    if len(found) > MOST_HOLES:
+        console.print(f"... and {len(found) - MOST_HOLES} more holes, all listed in {folder / 'table.md'}")
+    console.print(f"notes, holes and plots: {folder}")
+
+
+def to_rich(table: Table, width: int) -> list[RichTable]:
+    """The table for a terminal of `width` characters: one rich table, or one for each column where that is too wide."""
+    header, body = grid(table)
+    first = 4 + ("variant" in header[:5])
+
+    def make(columns: range, title: str) -> RichTable:
+        made = RichTable(box=box.SIMPLE_HEAD, title=Text(title), title_justify="left", title_style="bold")
+        for index in [*range(first), *columns]:
+            is_right = index >= first or header[index] in ("alpha", "beta")
+            made.add_column(Text(header[index]), justify="right" if is_right else "left", overflow="fold")
+        for line in body:
+            style = "italic" if line[0].startswith("teacher") else ""
+            made.add_row(*(Text(line[index]) for index in [*range(first), *columns]), style=style)
+        return made
+
+    title = f"{table.study}: {metric_title(table.metric)}"
+    whole = make(range(first, len(header)), title)
+    console = Console(width=100_000)
+    if len(table.columns) < 2 or console.measure(whole).maximum <= width:
+        return [whole]
+    return [make(range(start, start + 3), title) for start in range(first, len(header), 3)]

@@ -1,0 +1,351 @@
+"""One run from a config to its directory: data, teacher, student, training, result."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from vkd.config import Config, StudentConfig, fingerprint, run_identity
+from vkd.data import Data, Normalization, load_data
+from vkd.divergences import make_divergence
+from vkd.methods import Combination, MethodContext, make_method
+from vkd.models import count_parameters, create_model, save_weights
+from vkd.randomness import derive_seed, generator
+from vkd.records.atomic import write_json_atomically
+from vkd.records.run_directory import DONE, FAILED, INTERRUPTED, RUNNING, RunDirectory
+from vkd.tracking import TRACKERS, Tracker
+from vkd.training.display import make_display
+from vkd.training.environment import choose_device, environment
+from vkd.training.learner import Learner
+from vkd.training.measurement import Evaluator
+from vkd.training.precision import Precision
+from vkd.training.session import Record, Session
+from vkd.training.teacher import Teacher, freeze, open_teacher, open_weights, teacher_identity
+from vkd.training.trainer import Trainer
+
+logger = logging.getLogger("vkd")
+
+TEACHERS_STUDY = "teachers"
+"""The study that trained teachers are runs of."""
+
+
+@dataclass
+class Outcome:
+    """What became of a run.
+
+    directory: where its files are.
+    skipped: it had been done before.
+    """
+
+    directory: RunDirectory
+    skipped: bool = False
+
+
+def run(config: Config, *, console: Console, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
+    """Do the run that `config` describes: from its last checkpoint if there is one, not at all if it is done.
+
+    Everything that can be wrong with the input is found before the run directory is made.
+
+    Raises UserError for wrong input, Interrupted when asked to stop; any exception after the directory is made leaves
+    its traceback there.
+    """
+    device = choose_device(config.device)
+    data = load_data(config.dataset, config.data_root, device=device, workers=config.workers)
+    for note in data.notes:
+        logger.info("%s", note)
+    return _Run(config, data, device, console, should_stop).do()
+
+
+def teacher_training_config(config: Config) -> Config:
+    """The plain run that trains the teacher of `config`, where nothing else gives it.
+
+    It has the teacher's own recipe and seed, and float32 whatever the student's precision, so that every student of a
+    study learns from the same teacher.
+    """
+    return dataclasses.replace(
+        config,
+        study=TEACHERS_STUDY,
+        seed=config.teacher.seed,
+        precision="fp32",
+        student=StudentConfig(arch=config.teacher.arch),
+        method={},
+        divergence={},
+        cross_entropy_weight=1.0,
+        recipe=config.teacher.recipe,
+        keep_checkpoint=False,
+    )
+
+
+def directory_of(config: Config, run_fingerprint: str) -> RunDirectory:
+    """Where the files of a run belong."""
+    return RunDirectory.of(
+        runs_root=config.runs_root,
+        study=config.study or config.dataset.name,
+        teacher=None if config.is_plain else config.teacher.arch,
+        student=config.student.arch,
+        methods=list(config.method),
+        divergence=config.divergence.get("name"),
+        seed=config.seed,
+        fingerprint=run_fingerprint,
+    )
+
+
+def find_teacher(config: Config, data: Data, *, device: torch.device) -> Teacher | None:
+    """The teacher of a run that has been done, without training one; None where its weights are no longer there.
+
+    Raises ModelError when they are there and unusable.
+    """
+    teacher = config.teacher
+    if teacher.checkpoint is not None or teacher.pretrained:
+        if teacher.checkpoint is not None and not Path(teacher.checkpoint).exists():
+            return None
+        model, sha256, source = open_teacher(config, data)
+        return freeze(model, config, data, source=source, sha256=sha256, saw_val="unknown", device=device)
+    own = teacher_training_config(config)
+    directory = directory_of(own, fingerprint(run_identity(own, data=data.identity, teacher=None)))
+    if not directory.is_done():
+        return None
+    model, sha256 = open_weights(config, data, directory.weights)
+    return freeze(model, config, data, source="trained", sha256=sha256, saw_val=False, device=device)
+
+
+class _Run:
+    def __init__(
+        self, config: Config, data: Data, device: torch.device, console: Console, should_stop: Callable[[], bool]
+    ) -> None:
+        self.config = config
+        self.data = data
+        self.device = device
+        self.console = console
+        self.should_stop = should_stop
+
+    def do(self) -> Outcome:
+        config, data = self.config, self.data
+        student = create_model(
+            config.student.arch,
+            num_classes=data.num_classes,
+            in_channels=data.channels,
+            image_size=data.image_size,
+            seed=derive_seed(config.seed, "student"),
+        )
+        opened, weights = None, None
+        if not config.is_plain:
+            opened, weights = self._find_teacher()
+        identity = run_identity(config, data=data.identity, teacher=weights)
+        group = fingerprint({key: value for key, value in identity.items() if key != "seed"})
+        directory = directory_of(config, fingerprint(identity))
+        if directory.is_done():
+            # A teacher that is there is nothing to speak of: the runs that use it say so.
+            if config.study != TEACHERS_STUDY:
+                logger.info("already done: %s", directory.path)
+            return Outcome(directory, skipped=True)
+        teacher = None if opened is None else self._freeze(opened)
+        learner = self._learner(student, teacher)
+        directory.create(config.as_dict())
+        with directory.held(wait=config.study == TEACHERS_STUDY), directory.logged():
+            # Whoever held the directory before may have finished the run.
+            if directory.is_done():
+                return Outcome(directory, skipped=True)
+            try:
+                self._train(directory, learner, teacher, fingerprint(identity), group)
+            except BaseException as error:
+                self._record_end(directory, error)
+                raise
+        return Outcome(directory)
+
+    def _record_end(self, directory: RunDirectory, error: BaseException) -> None:
+        """Leave in the directory why the run ended early. Whoever called says it to the user."""
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, KeyboardInterrupt):
+            directory.write_state(INTERRUPTED, reason=reason, epochs=self.config.recipe.epochs)
+        else:
+            text = traceback.format_exc()
+            directory.write_state(FAILED, reason=reason, traceback=text, epochs=self.config.recipe.epochs)
+            logger.debug("failed\n%s", text)
+
+    def _learner(self, student: torch.nn.Module, teacher: Teacher | None) -> Learner:
+        config = self.config
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        student = student.to(self.device, memory_format=layout)
+        return Learner(
+            student,
+            self._method(student, teacher).to(self.device),
+            config.recipe,
+            precision=Precision(config.precision, self.device),
+            cross_entropy_weight=config.cross_entropy_weight,
+            seed=config.seed,
+            device=self.device,
+            compile=config.compile,
+        )
+
+    def _find_teacher(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The teacher's (network, sha256, source, saw_val), training it first where nothing else gives it.
+
+        A trained teacher is identified by the run that trains it, a given one by its weights.
+        """
+        teacher = self.config.teacher
+        if teacher.checkpoint is not None or teacher.pretrained:
+            model, sha256, source = open_teacher(self.config, self.data)
+            return (model, sha256, source, "unknown"), teacher_identity(teacher, {"sha256": sha256})
+        own = teacher_training_config(self.config)
+        trained_by = fingerprint(run_identity(own, data=self.data.identity, teacher=None))
+        outcome = _Run(own, self.data, self.device, self.console, self.should_stop).do()
+        model, sha256 = open_weights(self.config, self.data, outcome.directory.weights)
+        return (model, sha256, "trained", False), teacher_identity(teacher, {"fingerprint": trained_by})
+
+    def _freeze(self, opened: tuple[Any, ...]) -> Teacher:
+        model, sha256, source, saw_val = opened
+        teacher = freeze(
+            model, self.config, self.data, source=source, sha256=sha256, saw_val=saw_val, device=self.device
+        )
+        figures = ", ".join(f"{split} {value:.2f} %" for split, value in teacher.accuracy.items() if value is not None)
+        logger.info("teacher %s (%s): %s", teacher.arch, source, figures)
+        if saw_val == "unknown":
+            logger.info("it may have been trained on the images of val, so its val figure may be inflated")
+        return teacher
+
+    def _train(
+        self, directory: RunDirectory, learner: Learner, teacher: Teacher | None, run_id: str, group: str
+    ) -> None:
+        config, data, recipe = self.config, self.data, self.config.recipe
+        self._announce(directory)
+        normalization = Normalization(data.mean, data.std, data.channels).to(self.device)
+        evaluator = Evaluator(
+            data,
+            normalization,
+            teacher_logits={} if teacher is None else teacher.logits,
+            batch_size=config.evaluation_batch_size,
+            device=self.device,
+        )
+        study = config.study or config.dataset.name
+        tracker: Tracker = TRACKERS[config.tracker.name](config, directory.path, name=directory.path.name, study=study)
+        session = Session(
+            learner,
+            evaluator,
+            fingerprint=run_id,
+            checkpoint_path=directory.checkpoint,
+            on_epoch=lambda line: self._epoch_done(directory, tracker, session, line),
+        )
+        display = make_display(self.console)
+        finished = False
+        try:
+            if session.restore():
+                epoch, step = session.position
+                logger.info("going on after step %d of epoch %d", step, epoch)
+                for line in session.history:
+                    tracker.log(line)
+            directory.write_metrics(session.history)
+            directory.write_state(RUNNING, epoch=session.position[0] - 1, epochs=recipe.epochs)
+            trainer = Trainer(
+                [session],
+                teacher=teacher,
+                data=data,
+                recipe=recipe,
+                normalization=normalization,
+                seed=config.seed,
+                device=self.device,
+                display=display,
+                should_stop=self.should_stop,
+                channels_last=config.channels_last,
+            )
+            (record,) = trainer.fit()
+            self._write_result(directory, learner, teacher, record, run_id, group)
+            tracker.finish(record.metrics)
+            finished = True
+        finally:
+            display.close()
+            if not finished:
+                tracker.finish({}, failed=True)
+
+    def _announce(self, directory: RunDirectory) -> None:
+        config, data = self.config, self.data
+        sizes = ", ".join(f"{data.sizes[split]:,} {split}" for split in ("train", "val", "test") if split in data.sizes)
+        logger.info("run %s", directory.path)
+        logger.info(
+            "%s: %d classes, %s images, %s; %s on %s", data.name, data.num_classes, sizes, data.loading,
+            config.precision, self.device,
+        )  # fmt: skip
+        late = [epoch for epoch in config.recipe.milestones if epoch >= config.recipe.epochs]
+        if config.recipe.scheduler == "multistep" and late:
+            logger.warning("the rate never drops at %s: training ends after epoch %d", late, config.recipe.epochs)
+
+    def _method(self, student: torch.nn.Module, teacher: Teacher | None) -> Combination:
+        config, data = self.config, self.data
+        if teacher is None:
+            return Combination({})
+        divergence = None
+        if config.divergence:
+            divergence = make_divergence(**config.divergence)
+        context = MethodContext(
+            divergence=divergence,
+            num_classes=data.num_classes,
+            train_size=data.train_size,
+            epochs=config.recipe.epochs,
+            steps_per_epoch=data.steps_per_epoch(config.recipe.batch_size, config.recipe.drop_last),
+            student=student,
+            teacher=teacher.model,
+            image_shape=(data.channels, *data.image_size),
+            generator=generator(config.seed, "method"),
+        )
+        return make_method(config.method, context, config.seed)
+
+    def _epoch_done(self, directory: RunDirectory, tracker: Tracker, session: Session, line: dict[str, Any]) -> None:
+        directory.write_metrics(session.history)
+        directory.write_state(RUNNING, epoch=line["epoch"], epochs=self.config.recipe.epochs)
+        tracker.log(line)
+
+    def _write_result(
+        self,
+        directory: RunDirectory,
+        learner: Learner,
+        teacher: Teacher | None,
+        record: Record,
+        run_id: str,
+        group: str,
+    ) -> None:
+        config, data = self.config, self.data
+        model = learner.evaluated_model
+        save_weights(
+            model,
+            directory.weights,
+            {"arch": config.student.arch, "num_classes": str(data.num_classes), "fingerprint": run_id},
+        )
+        result = {
+            "format": 1,
+            "fingerprint": run_id,
+            "group": group,
+            "study": config.study or config.dataset.name,
+            "dataset": {
+                "name": data.name,
+                "identity": data.identity,
+                "val_fraction": config.dataset.val_fraction,
+                "classes": data.num_classes,
+                **{split: data.sizes.get(split, 0) for split in ("train", "val", "test")},
+            },
+            "teacher": None if teacher is None else teacher.as_record(),
+            "student": {"arch": config.student.arch, "parameters": count_parameters(model)},
+            "method": config.method,
+            "cross_entropy_weight": config.cross_entropy_weight,
+            "divergence": config.divergence or None,
+            "seed": config.seed,
+            "recipe": dataclasses.asdict(config.recipe),
+            "precision": config.precision,
+            "metrics": record.metrics,
+            "timing": record.timing,
+            "environment": environment(self.device),
+        }
+        write_json_atomically(directory.result, result)
+        directory.write_state(DONE, epoch=config.recipe.epochs, epochs=config.recipe.epochs)
+        if not config.keep_checkpoint:
+            directory.checkpoint.unlink(missing_ok=True)
+        shown = {"val": record.metrics["val/top1"], "test": record.metrics["test/top1"]}
+        figures = ", ".join(f"{split} {value:.2f} %" for split, value in shown.items() if value is not None)
+        logger.info("done: %s in %.1f s; %s", figures, record.timing["seconds"], directory.result)
