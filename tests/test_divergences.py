@@ -368,6 +368,16 @@ def test_jensen_shannon_and_total_variation_reach_their_largest_values():
     assert total_variation(student, teacher).item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_confident_distributions_keep_their_relative_accuracy(dtype):
+    student, teacher = torch.tensor([0.0, -40.0], dtype=dtype), torch.tensor([0.0, -41.0], dtype=dtype)
+    q, p = math.exp(-40) / (1 + math.exp(-40)), math.exp(-41) / (1 + math.exp(-41))
+    tolerance = 40 * torch.finfo(dtype).eps
+    assert total_variation(student, teacher).item() == pytest.approx(q - p, rel=tolerance, abs=0)
+    _, gradient = value_and_gradient(forward_kl, student, teacher)
+    assert gradient.tolist() == pytest.approx([p - q, q - p], rel=tolerance, abs=0)
+
+
 def test_match_kl_scale_gives_flat_distributions_the_strength_of_kl():
     student, noise = random_logits(16, 100, scale=1, dtype=torch.float64)
     student, teacher = 1e-3 * student, 1e-3 * (student + noise)

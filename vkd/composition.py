@@ -10,22 +10,25 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import (
     ConfigCompositionException,
     HydraException,
     MissingConfigException,
     OverrideParseException,
 )
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vkd.config import Config, config_directory, explain_key, explain_value, parse
+from vkd.config import OPEN_KEYS, Config, config_directory, explain_key, explain_value, parse
 from vkd.errors import ConfigError, UserError, list_names, nearest
 
 if TYPE_CHECKING:
@@ -36,8 +39,14 @@ _HYDRA_VERSION_BASE = "1.3"
 
 
 def register_schema() -> None:
-    """Let `conf/train.yaml` name the typed schema in its defaults list."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    """Let `conf/train.yaml` name the typed schema in its defaults list.
+
+    Below the open keys Hydra takes any word: what may stand there is checked by `parse`, which knows and says why.
+    """
+    schema = OmegaConf.structured(Config)
+    for key in OPEN_KEYS:
+        OmegaConf.set_struct(OmegaConf.select(schema, key), False)
+    ConfigStore.instance().store(name="schema", node=schema)
 
 
 def group_choices() -> dict[str, list[str]]:
@@ -60,39 +69,108 @@ def compose_config(overrides: Sequence[str], *, with_hydra: bool = False) -> Dic
     Raises ConfigError.
     """
     register_schema()
-    with _errors_explained(), initialize_config_dir(str(config_directory()), version_base=_HYDRA_VERSION_BASE):
+    _check_groups(_parse_words(overrides))
+    with _errors_explained(overrides), initialize_config_dir(str(config_directory()), version_base=_HYDRA_VERSION_BASE):
         return compose(CONFIG_NAME, list(overrides), return_hydra_config=with_hydra)
 
 
-def compose_jobs(words: Sequence[str]) -> int | None:
+def read_command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags of a command line, with the values that they take, and its `key=value` words, each in its order.
+
+    Hydra alone would understand them in this order only.
+
+    Raises ConfigError for a flag that Hydra does not have.
+    """
+    parser = get_args_parser()
+    parser.allow_abbrev = False
+
+    def refuse(message: str) -> NoReturn:
+        names = [name for action in parser._actions for name in action.option_strings]
+        wrong = [word for word in words if word.startswith("-") and word.partition("=")[0] not in names]
+        near = nearest(wrong[0], names) if wrong else []
+        raise ConfigError(
+            f"there is no switch {wrong[0]}" if wrong else f"the command line is wrong: {message}",
+            expected="key=value words, -m for a sweep, or a switch that --help lists",
+            hint=" or ".join(near) or "--help",
+        )
+
+    parser.error = refuse
+    overrides = parser.parse_intermixed_args(list(words)).overrides
+    left = list(overrides)
+    flags = []
+    for word in words:
+        if left and word == left[0]:
+            left.pop(0)
+        else:
+            flags.append(word)
+    return flags, overrides
+
+
+def compose_jobs(flags: Sequence[str], overrides: Sequence[str]) -> int | None:
     """Compose and check every job that a command line asks for, before any of them starts or writes anything.
 
     Args:
-        words: the command line. Hydra's own flags other than `-m` switch this look ahead off.
+        flags, overrides: the command line, as `read_command_line` gives it. Hydra's own flags other than `-m` switch
+            this look ahead off.
 
     Returns the number of jobs; None where a sweeper other than Hydra's basic one decides it.
 
     Raises ConfigError when any job cannot be composed or makes no sense, naming the job.
     """
-    flags = {word for word in words if word.startswith("-")}
-    if flags - {"-m", "--multirun"}:
+    if set(flags) - {"-m", "--multirun"}:
         return None
-    overrides = [word for word in words if not word.startswith("-")]
-    with _errors_explained():
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        fixed = [entry.input_line for entry in parsed if not entry.is_sweep_override()]
-        outer = [word for word in fixed if re.match(r"[+~]*(experiment|hydra)\b", word)]
-        hydra_node = compose_config(outer, with_hydra=True).hydra
-        if not flags and str(hydra_node.mode) != "RunMode.MULTIRUN":
-            _parse_job(overrides, alone=True)
-            return 1
-        if not hydra_node.sweeper._target_.endswith(".BasicSweeper"):
-            return None
-        params = [f"{key}={value}" for key, value in (hydra_node.sweeper.params or {}).items()]
-        (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides([*params, *overrides]), None)
+    parsed = _parse_words(overrides)
+    fixed = [entry.input_line for entry in parsed if not entry.is_sweep_override()]
+    outer = [word for word in fixed if re.match(r"[+~]*(experiment|hydra)\b", word)]
+    hydra_node = compose_config(outer, with_hydra=True).hydra
+    if not flags and str(hydra_node.mode) != "RunMode.MULTIRUN":
+        _check_single(parsed)
+        _parse_job(overrides, alone=True)
+        return 1
+    if not hydra_node.sweeper._target_.endswith(".BasicSweeper"):
+        return None
+    params = [f"{key}={value}" for key, value in (hydra_node.sweeper.params or {}).items()]
+    with _errors_explained(overrides):
+        (jobs,) = BasicSweeper.split_arguments(_parse_words([*params, *overrides]), None)
     for job in jobs:
         _parse_job(job, alone=len(jobs) == 1)
     return len(jobs)
+
+
+def _parse_words(overrides: Sequence[str]) -> list[Override]:
+    """The words as Hydra reads them. Raises ConfigError for one that cannot be read."""
+    with _errors_explained(overrides):
+        return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def _check_single(parsed: Sequence[Override]) -> None:
+    """Refuse several values for one key in a command that is no sweep."""
+    for entry in parsed:
+        if entry.is_sweep_override():
+            word = entry.input_line
+            key, _, values = word.partition("=")
+            raise ConfigError(
+                f"{word} gives {key} several values, and this is not a sweep",
+                expected="-m before the words of a sweep, or brackets round one value that is a list",
+                hint=f"python -m vkd.train -m {word} ..., or '{key}=[{values}]'",
+            )
+
+
+def _check_groups(parsed: Sequence[Override]) -> None:
+    """Refuse what Hydra has no good word for: a group that is left out, or set to what cannot name a choice."""
+    groups = group_choices()
+    for entry in parsed:
+        word, key = entry.input_line, entry.key_or_group
+        if not key:
+            raise ConfigError(f"{word!r} has no key", expected="key=value")
+        if key not in groups or entry.is_sweep_override():
+            continue
+        if entry.is_delete() or not isinstance(entry.value(), (str, list, dict)):
+            raise ConfigError(
+                f"{word} names no choice of {key}",
+                expected=list_names(groups[key], most=40),
+                hint="method=none, for plain training" if key == "method" else "",
+            )
 
 
 def _parse_job(overrides: Sequence[str], *, alone: bool) -> None:
@@ -105,8 +183,12 @@ def _parse_job(overrides: Sequence[str], *, alone: bool) -> None:
         raise ConfigError(problem, expected=error.expected, hint=error.hint) from error
 
 
-def run_hydra(words: Sequence[str], job: Callable[[DictConfig], Any]) -> None:
+def run_hydra(flags: Sequence[str], overrides: Sequence[str], job: Callable[[DictConfig], Any]) -> None:
     """Hand the command line to Hydra, which calls `job` with each composed config.
+
+    Args:
+        flags, overrides: the command line, as `read_command_line` gives it.
+        job: raises nothing but what ends all jobs.
 
     Raises ConfigError for what Hydra refuses; SystemExit where Hydra printed something of its own and is done.
     """
@@ -116,11 +198,17 @@ def run_hydra(words: Sequence[str], job: Callable[[DictConfig], Any]) -> None:
     )(job)
     # Hydra reads sys.argv, and prints errors and exits by itself unless this variable is set.
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [argv[0], *words]
+    sys.argv = [argv[0], *flags, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        with _errors_explained():
+        with _errors_explained(overrides):
             decorated()
+    except OSError as error:  # no job raises one: it is the folder of the sweep
+        raise ConfigError(
+            f"the files of the sweep cannot be written: {error}",
+            expected="a folder that you may write to",
+            hint="runs_root=SOME_OTHER_FOLDER",
+        ) from error
     finally:
         sys.argv = argv
         if full_error is None:
@@ -130,28 +218,34 @@ def run_hydra(words: Sequence[str], job: Callable[[DictConfig], Any]) -> None:
 
 
 @contextmanager
-def _errors_explained() -> Iterator[None]:
+def _errors_explained(overrides: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise _explain(error) from error
+        raise _explain(error, overrides) from error
 
 
-def _explain(error: Exception) -> ConfigError:
+def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """The same complaint in vkd's words."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         options = [option for option in error.options or [] if option != "schema"]
-        near = nearest(name, options)
+        # As the user wrote it: +experiment, recipe@teacher.recipe.
+        pattern = rf"\+*{re.escape(group)}(@[^=]*)?=.*{re.escape(name)}"
+        written = [word.partition("=")[0] for word in overrides if re.match(pattern, word)]
+        key = written[-1] if written else group
         return ConfigError(
             f"there is no {group or 'config'} {name!r}",
             expected=list_names(options, most=40),
-            hint=" or ".join(f"{group}={choice}" for choice in near),
+            hint=" or ".join(f"{key}={choice}" for choice in nearest(name, options)),
         )
     if isinstance(error, OverrideParseException):
+        if "=" not in error.override and not error.override.startswith("~"):
+            return ConfigError(f"{error.override!r} is no key=value word", expected="words such as seed=1, or --help")
         return ConfigError(
-            f"{error.override!r} cannot be read: {error.message.splitlines()[0]}",
-            expected="key=value; quote the word where it holds brackets, commas or spaces",
+            f"{error.override!r} cannot be read",
+            expected="key=value with every bracket and quote closed; quote the whole word in the shell where it holds "
+            "brackets or spaces",
             hint="'recipe.milestones=[150,180,210]'",
         )
     text = str(error)
@@ -161,5 +255,7 @@ def _explain(error: Exception) -> ConfigError:
         key, _, value = quoted.group(1).rstrip(".").lstrip("+~").partition("=")
         if "merging" in text or "onver" in str(cause):
             return explain_value(key, value)
-        return explain_key(key, list(group_choices()))
+        return explain_key(key, group_choices())
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return ConfigError(f"{error.full_key}: {str(error.msg).splitlines()[0]}")
     return ConfigError(" ".join(line.strip() for line in text.splitlines()[:2] if line.strip()))

@@ -25,6 +25,13 @@ from vkd.errors import ConfigError, list_names, nearest
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
+OPEN_KEYS = (
+    "divergence",
+    "dataset.augmentation",
+    *(f"{recipe}.{name}_options" for recipe in ("recipe", "teacher.recipe") for name in ("optimizer", "scheduler")),
+)
+"""Keys below which others decide what may stand: a divergence's, an augmentation's or an optimizer's own signature."""
+
 
 def config_directory() -> Path:
     """The absolute path of `conf/`: inside the package when installed from a wheel, beside it in a checkout."""
@@ -73,7 +80,9 @@ class RecipeConfig:
     scheduler: any name of `timm.scheduler`, stepped once an epoch, or `none`.
     milestones: epochs after which `multistep` multiplies the rate by decay_rate (150: epoch 151 is the first slower).
     decay_rate: that factor.
-    warmup_epochs, warmup_learning_rate, min_learning_rate: linear warm-up and floor of the schedule.
+    warmup_epochs: epochs over which the rate rises to learning_rate.
+    warmup_learning_rate: rate of the first of them; null: learning_rate / warmup_epochs.
+    min_learning_rate: floor of the schedule.
     scheduler_options: further keyword arguments of `timm.scheduler.create_scheduler_v2`.
     clip_grad_norm: largest gradient norm; null for no clipping.
     ema_decay: decay of an exponential moving average of the weights, then what is evaluated and saved; null: none.
@@ -94,7 +103,7 @@ class RecipeConfig:
     milestones: list[int] = field(default_factory=list)
     decay_rate: float = 0.1
     warmup_epochs: int = 0
-    warmup_learning_rate: float = 0.0
+    warmup_learning_rate: float | None = None
     min_learning_rate: float = 0.0
     scheduler_options: dict[str, Any] = field(default_factory=dict)
     clip_grad_norm: float | None = None
@@ -270,26 +279,50 @@ def as_typed(schema: type, values: Any, *, where: str = "") -> Any:
 
 
 def explain_key(key: str, groups: typing.Iterable[str] = ()) -> ConfigError:
-    """The error for a key of the whole config that does not exist.
+    """The error for a key of the whole config that does not exist, or not with what else was chosen.
 
     Args:
         key: its path, such as `recipe.epoch`.
         groups: config groups, which are names that a word may begin with too.
     """
+    if "@" in key:
+        return ConfigError(f"there is no group {key}", hint="recipe@teacher.recipe=..., for the teacher's recipe")
     path = key.split(".")
-    parent = _annotation(Config, path[:-1])
-    names = [entry.name for entry in dataclasses.fields(parent)] if dataclasses.is_dataclass(parent) else []
-    if len(path) == 1:
-        names = sorted({*names, *groups})
-    near = [".".join([*path[:-1], name]) for name in nearest(path[-1], names)]
-    expected = list_names(names, most=40) if names else ""
-    return ConfigError(f"there is no key {key}", expected=expected, hint=" or ".join(f"{name}=..." for name in near))
+    for depth, part in enumerate(path):
+        names = {*_names_below(path[:depth]), *(groups if depth == 0 else ())}
+        if part not in names:
+            near = [".".join([*path[:depth], name, *path[depth + 1 :]]) for name in nearest(part, names)]
+            return ConfigError(
+                f"there is no key {key}",
+                expected=list_names(names, most=40),
+                hint=" or ".join(f"{name}=..." for name in near),
+            )
+    if path[0] == "method":
+        return ConfigError(f"{key} belongs to a method that was not chosen", hint=f"method={path[1]} {key}=...")
+    if key in groups:
+        return ConfigError(f"{key} is not chosen unless it is added with a plus", hint=f"+{key}=...")
+    return ConfigError(f"{key} cannot be set like this")
+
+
+def _names_below(path: list[str]) -> list[str]:
+    """The keys of the whole config right below `path`; none where it leads nowhere."""
+    from vkd.methods import METHODS
+
+    if path[:1] == ["method"]:
+        return list(METHODS) if len(path) == 1 else list(parameters_of(METHODS[path[1]])) if len(path) == 2 else []
+    kind = _annotation(Config, path)
+    return [entry.name for entry in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 
 def explain_value(key: str, value: str) -> ConfigError:
-    """The error for a value of the whole config that has the wrong type."""
+    """The error for a value of the whole config, as it was typed, that has the wrong type."""
     kind = _annotation(Config, key.split("."))
-    return ConfigError(f"{key} = {_show(value)} is not what this key takes", expected=_type_words(kind) if kind else "")
+    names = [entry.name for entry in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    return ConfigError(
+        f"{key} = {value or _show(value)} is not what this key takes",
+        expected=_type_words(kind) if kind else "",
+        hint=f"{key}.arch={value}" if "arch" in names else "",
+    )
 
 
 def _show(value: Any) -> str:
@@ -365,9 +398,12 @@ def _check_recipe(recipe: RecipeConfig, where: str) -> None:
     _require(
         recipe.batch_size >= 2, f"{where}.batch_size = 1: batch normalisation cannot train on one image", "2 or more"
     )
+    for name, value in dataclasses.asdict(recipe).items():
+        if isinstance(value, float):
+            _require(math.isfinite(value), f"{where}.{name} = {value} is not a finite number", "a finite number")
     _require(recipe.learning_rate > 0, f"{where}.learning_rate = {recipe.learning_rate}", "a number above 0")
     for name in ("weight_decay", "warmup_epochs", "warmup_learning_rate", "min_learning_rate", "momentum"):
-        value = getattr(recipe, name)
+        value = getattr(recipe, name) or 0.0
         _require(value >= 0, f"{where}.{name} = {value} is negative", "0 or more")
     _require(
         0 <= recipe.label_smoothing < 1, f"{where}.label_smoothing = {recipe.label_smoothing}", "from 0 to below 1"
@@ -376,11 +412,6 @@ def _check_recipe(recipe: RecipeConfig, where: str) -> None:
         _require(recipe.clip_grad_norm > 0, f"{where}.clip_grad_norm = {recipe.clip_grad_norm}", "above 0, or null")
     if recipe.ema_decay is not None:
         _require(0 < recipe.ema_decay < 1, f"{where}.ema_decay = {recipe.ema_decay}", "between 0 and 1, or null")
-    _require(
-        all(math.isfinite(value) for value in dataclasses.asdict(recipe).values() if isinstance(value, float)),
-        f"{where} holds a number that is not finite",
-        "finite numbers",
-    )
     _require(
         recipe.milestones == sorted(set(recipe.milestones)) and all(value >= 1 for value in recipe.milestones),
         f"{where}.milestones = {recipe.milestones}",
@@ -421,13 +452,22 @@ def _typed_divergence(divergence: Mapping[str, Any]) -> dict[str, Any]:
         math.isfinite(temperature) and temperature > 0, f"divergence.temperature = {temperature}", "a number above 0"
     )
     common = ("temperature", "mask", "reduction")
-    takers = {key: [other for other in DIVERGENCES if key in parameters_of(DIVERGENCES[other])] for key in values}
-    for key, others in takers.items():
-        if name not in others and others and key not in common:
+    parameters = {other: [*parameters_of(DIVERGENCES[other])] for other in DIVERGENCES}
+    for key in values:
+        others = [other for other in DIVERGENCES if key in parameters[other] and key not in common]
+        if others and key not in parameters[name]:
             raise ConfigError(
                 f"divergence={name} takes no {key}",
                 expected=f"{key} with divergence={' or '.join(others)} alone",
                 hint=f"divergence={others[0]} divergence.{key}=..., and another command for {name}",
+            )
+        if not others:
+            names = {"name", "temperature", *parameters[name]} - {"mask", "reduction"}
+            anywhere = {entry for other in DIVERGENCES for entry in parameters[other]} - {"mask", "reduction"}
+            raise ConfigError(
+                f"there is no key divergence.{key}",
+                expected=f"{list_names(names)} with divergence={name}",
+                hint=" or ".join(f"divergence.{near}=..." for near in nearest(key, anywhere)),
             )
     own = typed_parameters(DIVERGENCES[name], values, where="divergence", leave_out=common)
     make_divergence(name, temperature=temperature, **own)
@@ -445,6 +485,8 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     """
     from vkd.methods import METHODS
 
+    if isinstance(composed, DictConfig):
+        composed = OmegaConf.to_container(composed)  # interpolations are resolved where their errors are explained
     given = {key: value for key, value in composed.items() if value is not None or key not in ("teacher", "divergence")}
     config = as_typed(Config, given)
     _choose("precision", config.precision, PRECISIONS)
@@ -452,9 +494,11 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
 
     _choose("tracker.name", config.tracker.name, TRACKERS)
     config.method = _typed_method(config.method)
-    if any(METHODS[name].uses_divergence for name in config.method):
+    uses_divergence = any(METHODS[name].uses_divergence for name in config.method)
+    if uses_divergence or config.divergence:
+        # A wrong one is a mistake even where no method uses it.
         config.divergence = _typed_divergence(config.divergence)
-    else:
+    if not uses_divergence:
         config.divergence = {}
     if config.is_plain:
         config.cross_entropy_weight = 1.0
@@ -480,6 +524,13 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
             "teacher.pretrained=true and teacher.checkpoint name two sets of weights",
             "one of them",
         )
+        _require(
+            (config.teacher.mean is None) == (config.teacher.std is None),
+            "teacher.mean and teacher.std belong together",
+            "both or neither",
+        )
+    for name in ("runs_root", "results_root", "data_root"):
+        _require(bool(getattr(config, name)), f"{name} is empty", "a folder", f"{name}={getattr(Config, name)}")
     if config.study is not None:
         _check_folder_name("study", config.study)
     _check_folder_name("dataset.name", config.dataset.name)

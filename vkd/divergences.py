@@ -27,6 +27,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Real
 from typing import NamedTuple
 
@@ -49,9 +50,31 @@ _BLOCK_CPU = 2**16
 _BLOCK_ACCELERATOR = 2**25
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # What all divergences share
-# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Scratch:
+    """Memory for the temporaries [N, C] of one block of positions, which the next block uses again.
+
+    Fresh memory costs a CPU more than the arithmetic on it.
+    """
+
+    def __init__(self, like: Tensor, rows: int, dtype: torch.dtype) -> None:
+        self._make = lambda: like.new_empty((rows, like.shape[-1]), dtype=dtype)
+        self._tensors: list[Tensor] = []
+        self._rows = self._used = 0
+
+    def start(self, rows: int) -> None:
+        """Begin a block: all memory is free again."""
+        self._rows, self._used = rows, 0
+
+    def take(self) -> Tensor:
+        """An uninitialized [N, C]."""
+        if self._used == len(self._tensors):
+            self._tensors.append(self._make())
+        tensor = self._tensors[self._used]
+        self._used += 1
+        return tensor if len(tensor) == self._rows else tensor[: self._rows]
 
 
 class _Pair:
@@ -66,7 +89,7 @@ class _Pair:
         exact: compute d from differences of logits, so that it keeps its relative accuracy where p and q are almost
             equal even if both are tiny. It costs a few more passes; divergences that weigh every class by a positive
             power of p or q do not need it in float32.
-        scratch: [2, 2, N, C] to work in. Fresh memory costs a CPU more than the arithmetic on it.
+        scratch: where temporaries come from; `take()` gives an uninitialized [N, C].
 
     Attributes:
         log_q, log_p, q, p: the distributions and their logarithms.
@@ -75,44 +98,52 @@ class _Pair:
     """
 
     def __init__(
-        self, student_logits: Tensor, teacher_logits: Tensor, temperature: float, exact: bool, scratch: Tensor
+        self, student_logits: Tensor, teacher_logits: Tensor, temperature: float, exact: bool, scratch: _Scratch
     ) -> None:
         self.exact = exact
-        logits, exponentials = scratch
-        # Both at once [2, N, C]: on small batches the time goes into the number of operations.
-        torch.stack((student_logits, teacher_logits), out=logits)
-        top, top_class = logits.max(dim=-1, keepdim=True)
-        scaled = logits.sub_(top)
-        if temperature != 1.0:
-            scaled.div_(temperature)
-        torch.exp(scaled, out=exponentials).scatter_(-1, top_class, 0.0)
-        normalizer = exponentials.sum(dim=-1, keepdim=True).log1p_()
-        normalizer_ratio = normalizer[0] - normalizer[1]
+        self.take = scratch.take
+        student = _LogSoftmax(student_logits, temperature, self.take)
+        teacher = _LogSoftmax(teacher_logits, temperature, self.take)
+        self.top_class = student.top_class
+        normalizer_ratio = student.normalizer - teacher.normalizer
         if not exact:
             # Not log_q - log_p, which would carry the roundings of both.
-            self.d = torch.sub(scaled[0], scaled[1]).sub_(normalizer_ratio)
-        log = scaled.sub_(normalizer)
-        self.log_q, self.log_p = log.unbind()
-        self.q, self._p = exponentials.unbind()
-        torch.exp(self.log_q, out=self.q)
-        self._has_p = False
-        self.top_class = top_class[0]
+            self.d = torch.sub(student.scaled, teacher.scaled, out=self.take()).sub_(normalizer_ratio)
+        self.log_q = student.scaled.sub_(student.normalizer)
+        self.log_p = teacher.scaled.sub_(teacher.normalizer)
+        self.q = torch.exp(self.log_q, out=student.exponentials)
+        self._memory_for_p = teacher.exponentials
         if exact:
             logits_ratio, logits_error = _exact_difference(student_logits, teacher_logits)
-            top_ratio, top_error = _exact_difference(top[0], top[1])
+            top_ratio, top_error = _exact_difference(student.top, teacher.top)
             d = logits_ratio.sub_(top_ratio).add_(logits_error.sub_(top_error)).div_(temperature)
             # The normalizers of an almost equal pair differ by less than their rounding errors; their ratio does not.
             near = d.abs().amax(dim=-1, keepdim=True) <= 0.5
             near_ratio = d.expm1().mul_(self.p).sum(dim=-1, keepdim=True).log1p_()
             self.d = d.sub_(torch.where(near, near_ratio, normalizer_ratio))
 
-    @property
+    @cached_property
     def p(self) -> Tensor:
         """The teacher's distribution, which not every divergence needs."""
-        if not self._has_p:
-            torch.exp(self.log_p, out=self._p)
-            self._has_p = True
-        return self._p
+        return torch.exp(self.log_p, out=self._memory_for_p)
+
+
+class _LogSoftmax:
+    """The parts of ln softmax(z / T) = scaled - normalizer, for z [N, C].
+
+    top, top_class: max z and its class [N, 1].
+    scaled: s = (z - max z) / T [N, C].
+    exponentials: memory [N, C] that is free again.
+    normalizer: log1p(sum of exp(s) over the classes other than the largest) [N, 1].
+    """
+
+    def __init__(self, logits: Tensor, temperature: float, take: Callable[[], Tensor]) -> None:
+        self.top, self.top_class = logits.max(dim=-1, keepdim=True)
+        self.scaled = torch.sub(logits, self.top, out=take())
+        if temperature != 1.0:
+            self.scaled.div_(temperature)
+        self.exponentials = torch.exp(self.scaled, out=take()).scatter_(-1, self.top_class, 0.0)
+        self.normalizer = self.exponentials.sum(dim=-1, keepdim=True).log1p_()
 
 
 def _exact_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +206,7 @@ def _evaluate_block(
     teacher_logits: Tensor,
     mask: Tensor | None,
     request: _Request,
-    scratch: Tensor,
+    scratch: _Scratch,
     gradient: Tensor | None,
 ) -> Tensor:
     """Values [N] of logits [N, C]; dD/dz goes into `gradient` [N, C] unless that is None."""
@@ -185,7 +216,8 @@ def _evaluate_block(
         dropped = mask.logical_not().unsqueeze(-1)
         student_logits = student_logits.masked_fill(dropped, 0.0)
         teacher_logits = teacher_logits.masked_fill(dropped, 0.0)
-    exact = kernel.exact or scratch.dtype == torch.float64
+    scratch.start(len(student_logits))
+    exact = kernel.exact or student_logits.dtype == torch.float64
     pair = _Pair(student_logits, teacher_logits, temperature, exact, scratch)
     value, weight, log_factor = kernel.terms(pair)
     value = value.sum(dim=-1).clamp_(min=0.0)
@@ -209,13 +241,14 @@ def _evaluate(
     """Values [...] and, if wanted, dD/dz [..., C], both in the dtype of the computation."""
     *positions, classes = student_logits.shape
     dtype = torch.float64 if request.kernel.wide else _result_dtype(student_logits, teacher_logits)
-    student_logits, teacher_logits = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
-    mask = None if mask is None else mask.reshape(-1)
+    if len(positions) != 1:
+        student_logits, teacher_logits = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
+        mask = None if mask is None else mask.reshape(-1)
     gradient = torch.empty_like(student_logits, dtype=dtype) if request.needs_gradient else None
     on_cpu = student_logits.device.type == "cpu"
     rows = max(1, (_BLOCK_CPU * torch.get_num_threads() if on_cpu else _BLOCK_ACCELERATOR) // classes)
     count = len(student_logits)
-    scratch = student_logits.new_empty((2, 2, min(rows, count), classes), dtype=dtype)
+    scratch = _Scratch(student_logits, min(rows, count), dtype)
     if count <= rows:
         value = _evaluate_block(student_logits.to(dtype), teacher_logits.to(dtype), mask, request, scratch, gradient)
     else:
@@ -227,10 +260,13 @@ def _evaluate(
                 teacher_logits[part].to(dtype),
                 None if mask is None else mask[part],
                 request,
-                scratch[:, :, : count - start],
+                scratch,
                 None if gradient is None else gradient[part],
             )
-    return value.reshape(positions), None if gradient is None else gradient.reshape(*positions, classes)
+    if len(positions) != 1:
+        value = value.reshape(positions)
+        gradient = None if gradient is None else gradient.reshape(*positions, classes)
+    return value, gradient
 
 
 def _result_dtype(student_logits: Tensor, teacher_logits: Tensor) -> torch.dtype:
@@ -318,6 +354,10 @@ class _Reduced(torch.autograd.Function):
         )
 
 
+# PyTorch binds the arguments to this signature at every call; looking it up anew takes longer than a small divergence.
+_Reduced.forward.__signature__ = inspect.signature(_Reduced.forward)
+
+
 def _divergence(
     kernel: _Kernel,
     student_logits: Tensor,
@@ -367,7 +407,6 @@ def _finite(name: str, number: float) -> float:
     return float(number)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # The alpha-beta divergence and both Kullback-Leibler divergences
 #
 # With d = ln q - ln p, E_k(d) = (exp(k d) - 1) / k, E_0(d) = d and s = alpha + beta, three slopes between the powers
@@ -380,32 +419,31 @@ def _finite(name: str, number: float) -> float:
 # and each class contributes D = (w - u) / s = (t - u) / alpha = (w - t) / beta: the definition, written so that the
 # limits at alpha = 0, beta = 0 and s = 0 are no special cases. The largest divisor cancels least. What is left to
 # cancel, where d is small, a power series does without.
-# --------------------------------------------------------------------------------------------------------------------
 
 
-def _slope(low: Tensor, high: Tensor, d: Tensor, exponent: float) -> Tensor:
+def _slope(pair: _Pair, low: Tensor, high: Tensor, exponent: float) -> Tensor:
     """(high - low) / k for powers with ln high - ln low = k d; `low` d for k = 0.
 
     x - y = (x + y) tanh((ln x - ln y) / 2) has the relative accuracy of d and cannot overflow.
     """
     if exponent == 0.0:
-        return low * d
-    half = torch.mul(d, 0.5 * exponent).tanh_()
-    slope = torch.mul(half, low).addcmul_(half, high)
+        return torch.mul(low, pair.d, out=pair.take())
+    half = torch.mul(pair.d, 0.5 * exponent, out=pair.take()).tanh_()
+    slope = torch.mul(half, low, out=pair.take()).addcmul_(half, high)
     return slope if exponent == 1.0 else slope.mul_(1.0 / exponent)
 
 
 def _forward_kl_terms(pair: _Pair) -> _Terms:
-    weight = _slope(pair.p, pair.q, pair.d, 1.0)
-    value = torch.addcmul(weight, pair.p, pair.d, value=-1.0)
+    weight = _slope(pair, pair.p, pair.q, 1.0)
+    value = torch.addcmul(weight, pair.p, pair.d, value=-1.0, out=pair.take())
     if pair.exact:
         value = _near_equality(value, pair.p, pair.d, alpha=1.0, beta=0.0)
     return _Terms(value, weight)
 
 
 def _reverse_kl_terms(pair: _Pair) -> _Terms:
-    weight = pair.q * pair.d
-    value = weight - _slope(pair.p, pair.q, pair.d, 1.0)
+    weight = torch.mul(pair.q, pair.d, out=pair.take())
+    value = _slope(pair, pair.p, pair.q, 1.0).sub_(weight).neg_()
     if pair.exact:
         value = _near_equality(value, pair.p, pair.d, alpha=0.0, beta=1.0)
     return _Terms(value, weight)
@@ -423,21 +461,26 @@ def _alpha_beta_kernel(alpha: float, beta: float, log_scale: float) -> _Kernel:
 
     def terms(pair: _Pair) -> _Terms:
         d, log_factor = pair.d, None
-        powers = [pair.log_p * total, (pair.log_p * alpha).add_(pair.log_q, alpha=beta), pair.log_q * total]
+        powers = [
+            torch.mul(pair.log_p, total, out=pair.take()),
+            torch.mul(pair.log_p, alpha, out=pair.take()).add_(pair.log_q, alpha=beta),
+            torch.mul(pair.log_q, total, out=pair.take()),
+        ]
         if wide:
             log_factor = torch.stack([power.amax(dim=-1, keepdim=True) for power in powers]).amax(dim=0).clamp_(min=0.0)
             powers = [power.sub_(log_factor) for power in powers]
             log_factor = log_factor + log_scale
         p_power, mixed_power, q_power = (power.exp_() for power in powers)
-        weight = _slope(mixed_power, q_power, d, alpha)
+        weight = _slope(pair, mixed_power, q_power, alpha)
         if divisor == 0.0:
             value = 0.5 * d.square()
         elif divisor == total:
-            value = (weight - _slope(p_power, mixed_power, d, beta)).mul_(1.0 / total)
+            value = _slope(pair, p_power, mixed_power, beta).sub_(weight).mul_(-1.0 / total)
         elif divisor == alpha:
-            value = _slope(p_power, q_power, d, total).sub_(_slope(p_power, mixed_power, d, beta)).mul_(1.0 / alpha)
+            value = _slope(pair, p_power, mixed_power, beta).sub_(_slope(pair, p_power, q_power, total))
+            value.mul_(-1.0 / alpha)
         else:
-            value = (weight - _slope(p_power, q_power, d, total)).mul_(1.0 / beta)
+            value = _slope(pair, p_power, q_power, total).sub_(weight).mul_(-1.0 / beta)
         if pair.exact and divisor != 0.0:
             value = _near_equality(value, p_power, d, alpha, beta)
         if log_scale != 0.0 and not wide:
@@ -577,9 +620,7 @@ def ab_divergence(
     return _divergence(kernel, student_logits, teacher_logits, temperature, mask, reduction)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # The others
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def _jensen_shannon_terms(pair: _Pair) -> _Terms:
@@ -601,18 +642,18 @@ def _log_over_mixture(d: Tensor, skew: float) -> Tensor:
 
 def _skewed_forward_kl_terms(pair: _Pair, skew: float) -> _Terms:
     log_ratio = _log_over_mixture(pair.d, skew)
-    value = _slope(pair.p, pair.q, pair.d, 1.0).mul_(1.0 - skew).addcmul_(pair.p, log_ratio)
+    value = _slope(pair, pair.p, pair.q, 1.0).mul_(1.0 - skew).addcmul_(pair.p, log_ratio)
     return _Terms(value, log_ratio.expm1_().mul_(pair.q).mul_(skew - 1.0))
 
 
 def _skewed_reverse_kl_terms(pair: _Pair, skew: float) -> _Terms:
     log_ratio = _log_over_mixture(-pair.d, skew)
-    value = _slope(pair.p, pair.q, pair.d, 1.0).mul_(skew - 1.0).addcmul_(pair.q, log_ratio)
+    value = _slope(pair, pair.p, pair.q, 1.0).mul_(skew - 1.0).addcmul_(pair.q, log_ratio)
     return _Terms(value, log_ratio.sub_(log_ratio.expm1(), alpha=skew).mul_(pair.q))
 
 
 def _total_variation_terms(pair: _Pair) -> _Terms:
-    value = _slope(pair.p, pair.q, pair.d, 1.0).abs_().mul_(0.5)
+    value = _slope(pair, pair.p, pair.q, 1.0).abs_().mul_(0.5)
     return _Terms(value, torch.sign(pair.d).mul_(pair.q).mul_(0.5))
 
 
@@ -755,9 +796,7 @@ def total_variation(
     return _divergence(_TOTAL_VARIATION, student_logits, teacher_logits, temperature, mask, reduction)
 
 
-# --------------------------------------------------------------------------------------------------------------------
 # A divergence with its parameters
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

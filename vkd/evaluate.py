@@ -85,14 +85,17 @@ def _config(own: EvaluateConfig, shared: list[str]) -> Config:
         values["student"]["arch"] = own.arch
         return parse(values)
     recorded = read_config(Path(own.run))
+    if not {"dataset", "student"} <= set(recorded):
+        raise ConfigError(f"{own.run} is not the directory of a run: its config.yaml names no dataset and no student")
     if "dataset" not in given:
         changes = OmegaConf.from_dotlist([word for word in shared if word.startswith("dataset.")])
         recorded = OmegaConf.to_container(OmegaConf.merge(recorded, changes))
         values["dataset"] = recorded["dataset"]
     names = ["student", "teacher", "method", "divergence", "cross_entropy_weight", "recipe", "precision"]
     values.update({name: recorded[name] for name in names if name in recorded})
-    if "data_root" not in given:
-        values["data_root"] = recorded.get("data_root", values["data_root"])
+    # The batch size may change the last digits of a figure.
+    for name in {"data_root", "evaluation_batch_size"} - given:
+        values[name] = recorded.get(name, values[name])
     # runs_root/study/pair/run: a run may have been moved together with its teacher.
     values["runs_root"] = str(Path(own.run).resolve().parents[2])
     return parse(values)

@@ -123,11 +123,12 @@ def offline_tracker(config: Config, directory: Path, *, name: str, study: str) -
 @TRACKERS.register("wandb")
 def wandb_tracker(config: Config, directory: Path, *, name: str, study: str) -> WandbTracker:
     """W&B online when a key is configured and WANDB_MODE does not say otherwise; else offline, saying how to sync."""
-    online = has_wandb_key() and os.environ.get("WANDB_MODE", "online") == "online"
+    mode, has_key = os.environ.get("WANDB_MODE", "online"), has_wandb_key()
+    online = has_key and mode == "online"
     if not online:
-        logger.info(
-            "no W&B key is configured: tracking offline; to send it: wandb login && wandb sync %s/wandb/*", directory
-        )
+        reason = f"WANDB_MODE={mode}" if has_key else "no W&B key is configured"
+        login = "" if has_key else "wandb login && "
+        logger.info("%s: tracking offline; to send it: %swandb sync %s/wandb/offline-run-*", reason, login, directory)
     return WandbTracker(config, directory, name=name, study=study, online=online)
 
 
@@ -138,6 +139,7 @@ def has_wandb_key() -> bool:
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
-        return netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+        entry = netrc.netrc(path).authenticators(host)
+    except (OSError, ValueError, netrc.NetrcParseError):
         return False
+    return entry is not None and bool(entry[2])

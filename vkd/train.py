@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vkd.command import complain, logger, speaking
-from vkd.composition import compose_jobs, run_hydra
+from vkd.composition import compose_jobs, read_command_line, run_hydra
 from vkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,9 +27,13 @@ class _Jobs:
 
     A job never raises what would end the rest of a sweep: it reports, and the next one has its turn. Being asked to
     stop ends all of them.
+
+    Args:
+        console: where progress is shown.
+        count: of the jobs; None where only a sweeper knows.
     """
 
-    def __init__(self, console: Console, count: int) -> None:
+    def __init__(self, console: Console, count: int | None) -> None:
         self.console = console
         self.count = count
         self.number = 0
@@ -44,9 +48,9 @@ class _Jobs:
 
         self.number += 1
         words = " ".join(HydraConfig.get().overrides.task)
-        if self.count > 1:
+        if self.count != 1:
             logger.info("")
-            logger.info("job %d of %d: %s", self.number, self.count, words)
+            logger.info("job %d%s: %s", self.number, f" of {self.count}" if self.count else "", words)
         try:
             with stop_on_signals() as should_stop:
                 run(parse(composed), console=self.console, should_stop=should_stop)
@@ -55,7 +59,7 @@ class _Jobs:
             raise
         except UserError as error:
             self._failed(words, str(error))
-        except Exception:
+        except (Exception, SystemExit):
             self._failed(words, traceback.format_exc())
 
     def _failed(self, words: str, message: str) -> None:
@@ -67,8 +71,8 @@ class _Jobs:
 
     def summary(self) -> int:
         """Say which jobs failed, if there were several; the exit code."""
-        if self.count > 1 and self.failures:
-            complain("\n".join([f"{len(self.failures)} of {self.count} jobs failed:", *self.failures]))
+        if self.count != 1 and self.failures:
+            complain("\n".join([f"{len(self.failures)} of {self.number} jobs failed:", *self.failures]))
         return 1 if self.failures else 0
 
 
@@ -82,15 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with speaking() as console:
         try:
-            count = compose_jobs(words)
-            jobs = _Jobs(console, count)
-            run_hydra(words, jobs)
+            flags, overrides = read_command_line(words)
+            jobs = _Jobs(console, compose_jobs(flags, overrides))
+            run_hydra(flags, overrides, jobs)
             return jobs.summary()
         except UserError as error:
             complain(error)
             return 2
         except KeyboardInterrupt:
             return STOPPED
+        except SystemExit as done:  # Hydra has printed what one of its own switches asks for
+            return int(done.code or 0)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def make_method(method: Mapping[str, Mapping[str, Any]], context: MethodContext,
     for name, parameters in method.items():
         own = replace(context, generator=generator(seed, "method", name, "draws"))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "method", name))
+            # Not torch.manual_seed, which would reseed every accelerator too.
+            torch.default_generator.manual_seed(derive_seed(seed, "method", name))
             built[name] = METHODS[name](own, **parameters)
     return Combination(built)

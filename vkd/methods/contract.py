@@ -21,7 +21,7 @@ METHODS: Registry[type[Method]] = Registry("method")
 class Output:
     """What a network said about one view of a batch.
 
-    logits: [B, C], before softmax.
+    logits: [B, C], before softmax, float32 whatever precision the network ran in.
     features: intermediate maps, first stage first, where the method asks for them (`needs_features`).
     """
 

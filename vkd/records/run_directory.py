@@ -52,11 +52,14 @@ class RunDirectory:
         seed: int,
         fingerprint: str,
     ) -> RunDirectory:
-        """The directory that belongs to a run: the same for the same fingerprint in the same study."""
+        """The directory that belongs to a run: the same for the same fingerprint in the same study.
+
+        The study's folder is called as the study is, so that it is found again under that name.
+        """
         pair = _safe(student) if teacher is None else f"{_safe(teacher)}-{_safe(student)}"
         method = "+".join(_safe(name) for name in methods) or "none"
         label = method if divergence is None else f"{method}-{_safe(divergence)}"
-        return cls(Path(runs_root) / _safe(study) / pair / f"{label}-s{seed}-{fingerprint[:8]}")
+        return cls(Path(runs_root) / study / pair / f"{label}-s{seed}-{fingerprint[:8]}")
 
     @property
     def config(self) -> Path:

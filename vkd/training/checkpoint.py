@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,27 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What `write_checkpoint` wrote, on the CPU. Only data is read, never code.
 
-    Raises TrainingError when the file is torn, altered or not a checkpoint.
+    Raises TrainingError when the file cannot be read, is torn, altered or not a checkpoint.
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _unusable(path, f"cannot be read: {error.strerror or error}") from error
     payload, mark, digest = content[:-_TRAILER], content[-_TRAILER:-32], content[-32:]
     if mark != _MARK or hashlib.sha256(payload).digest() != digest:
-        raise TrainingError(
-            f"{path} is damaged: its checksum does not match",
-            expected="a checkpoint that vkd wrote to its end",
-            hint=f"remove {path.name} there, and the same command starts this run again",
-        )
-    return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        raise _unusable(path, "is damaged: its checksum does not match")
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
+        raise _unusable(path, "holds something other than data, and is not opened") from error
+    if not isinstance(state, dict):
+        raise _unusable(path, "holds no checkpoint")
+    return state
+
+
+def _unusable(path: Path, fault: str) -> TrainingError:
+    return TrainingError(
+        f"{path} {fault}",
+        expected="a checkpoint that vkd wrote to its end",
+        hint=f"remove {path.name} there, and the same command starts this run again",
+    )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 logger = logging.getLogger("vkd")
 
@@ -18,11 +18,8 @@ SECONDS_BETWEEN_FIGURES = 1.0
 
 def describe_epoch(line: dict[str, Any], epochs: int) -> str:
     """One line about an epoch: its losses, accuracies in percent, images a second."""
-    losses = [
-        f"{name.removeprefix('train/')} {value:.4f}"
-        for name, value in line.items()
-        if name.startswith("train/") and name != "train/top1"
-    ]
+    means = {name.removeprefix("train/"): value for name, value in line.items() if name.startswith("train/")}
+    losses = [f"{name} {value:.4f}" for name, value in _losses(means).items()]
     accuracies = [
         f"{split} {line[f'{split}/top1']:.2f} %"
         for split in ("train", "val", "test")
@@ -31,6 +28,14 @@ def describe_epoch(line: dict[str, Any], epochs: int) -> str:
     rate = line.get("images_per_second")
     speed = [f"{rate:,.0f} images/s"] if rate else []
     return f"epoch {line['epoch']}/{epochs}  " + "  ".join(losses + accuracies + speed)
+
+
+def _losses(means: dict[str, float]) -> dict[str, float]:
+    """The total and its terms; a single term without the total, which it is."""
+    losses = {name: value for name, value in means.items() if name != "top1"}
+    if len(losses) == 2:
+        del losses["loss"]
+    return losses
 
 
 class LineDisplay:
@@ -57,15 +62,15 @@ class BarDisplay(LineDisplay):
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            BarColumn(bar_width=16),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
             console=console,
             transient=True,
         )
         self.task = None
         self._images, self._since = 0, time.perf_counter()
+        self._last_step = self._since
 
     def epoch_started(self, epoch: int, epochs: int, first_step: int, steps: int) -> None:
         """Put the bar where the run stands."""
@@ -75,6 +80,8 @@ class BarDisplay(LineDisplay):
             self.task = self.progress.add_task("", total=epochs * steps, completed=done, figures="")
             self.progress.start()
         self.progress.update(self.task, description=f"epoch {epoch}/{epochs}", completed=done)
+        # What passed since the last step was no training.
+        self._since += time.perf_counter() - self._last_step
 
     def step_done(self, images: int, figures: Callable[[], dict[str, float]]) -> None:
         """Move the bar; about once a second, refresh the figures beside it."""
@@ -83,10 +90,11 @@ class BarDisplay(LineDisplay):
         elapsed = time.perf_counter() - self._since
         if elapsed >= SECONDS_BETWEEN_FIGURES:
             means = figures()
-            shown = [f"{name} {value:.3f}" for name, value in means.items() if name != "top1"]
-            shown += [f"train {means['top1']:.1f} %", f"{self._images / elapsed:,.0f} images/s"]
+            shown = [f"{self._images / elapsed:,.0f} images/s", f"train {means['top1']:.1f} %"]
+            shown += [f"{name} {value:.3f}" for name, value in _losses(means).items()]
             self.progress.update(self.task, figures="  ".join(shown))
             self._images, self._since = 0, time.perf_counter()
+        self._last_step = time.perf_counter()
 
     def close(self) -> None:
         """Take the bar away."""

@@ -54,4 +54,5 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # None stands for a handler that Python did not install and cannot name.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -94,7 +94,9 @@ class Learner:
         with self._own_randomness():
             with self.precision.autocast():
                 logits = self.student(images)
-                terms = self._terms(Batch(Output(logits), teacher, targets, indices, progress))
+            # Losses are computed in float32 whatever the networks run in: in half precision they overflow.
+            logits = logits.float()
+            terms = self._terms(Batch(Output(logits), teacher, targets, indices, progress))
             loss = sum(terms.values())
             self.precision.update(loss, self.optimizer, self.parameters, self.recipe.clip_grad_norm)
         if self.average is not None:
@@ -105,7 +107,7 @@ class Learner:
         terms = {} if batch.teacher is None else self.method(batch)
         if self.cross_entropy_weight > 0:
             cross_entropy = functional.cross_entropy(
-                batch.student.logits.float(), batch.targets, label_smoothing=self.recipe.label_smoothing
+                batch.student.logits, batch.targets, label_smoothing=self.recipe.label_smoothing
             )
             terms = {"cross_entropy": self.cross_entropy_weight * cross_entropy, **terms}
         return terms
@@ -200,9 +202,10 @@ def _generators(method: nn.Module) -> dict[str, torch.Generator]:
 
 
 def _seeded_states(seed: int, device: torch.device) -> dict[str, Tensor]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        return _get_states(device)
+    states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
+    return states
 
 
 def _get_states(device: torch.device) -> dict[str, Tensor]:

@@ -44,7 +44,9 @@ class Measurement:
         logits = logits.float()
         log_probabilities = functional.log_softmax(logits, dim=-1)
         probabilities = log_probabilities.exp()
-        confidence, predictions = probabilities.max(dim=-1)
+        confidence = probabilities.amax(dim=-1)
+        # Of the logits, since two that differ by little can have one probability in float32.
+        predictions = logits.argmax(dim=-1)
         correct = predictions == targets
         self._sum("top1", correct)
         if self.num_classes > 5:

@@ -26,6 +26,7 @@ from vkd.training.display import make_display
 from vkd.training.environment import choose_device, environment
 from vkd.training.learner import Learner
 from vkd.training.measurement import Evaluator
+from vkd.training.optimization import Schedule, make_optimizer
 from vkd.training.precision import Precision
 from vkd.training.session import Record, Session
 from vkd.training.teacher import Teacher, freeze, open_teacher, open_weights, teacher_identity
@@ -137,6 +138,7 @@ class _Run:
             seed=derive_seed(config.seed, "student"),
         )
         opened, weights = None, None
+        self._check_recipe(student)
         if not config.is_plain:
             opened, weights = self._find_teacher()
         identity = run_identity(config, data=data.identity, teacher=weights)
@@ -160,6 +162,14 @@ class _Run:
                 self._record_end(directory, error)
                 raise
         return Outcome(directory)
+
+    def _check_recipe(self, student: torch.nn.Module) -> None:
+        """Raise ConfigError where data or network refuse the recipe, before a teacher is trained for nothing."""
+        config, recipe = self.config, self.config.recipe
+        self.data.steps_per_epoch(recipe.batch_size, recipe.drop_last)
+        Schedule(recipe, make_optimizer(recipe, student))
+        if not config.is_plain and config.teacher.mean is not None:
+            Normalization(config.teacher.mean, config.teacher.std, self.data.channels, key="teacher")
 
     def _record_end(self, directory: RunDirectory, error: BaseException) -> None:
         """Leave in the directory why the run ended early. Whoever called says it to the user."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,10 +69,11 @@ class Session:
         if self.checkpoint_path is None or not self.checkpoint_path.exists():
             return False
         state = read_checkpoint(self.checkpoint_path)
-        if state["fingerprint"] != self.fingerprint:
+        found = str(state.get("fingerprint"))
+        if found != self.fingerprint:
             raise TrainingError(
                 f"{self.checkpoint_path} belongs to a run with another config",
-                expected=f"the fingerprint {self.fingerprint[:8]}, found {state['fingerprint'][:8]}",
+                expected=f"the fingerprint {self.fingerprint[:8]}, found {found[:8]}",
                 hint=f"remove {self.checkpoint_path.name} there to start this run again",
             )
         self.history = state["history"]
@@ -103,12 +105,15 @@ class Session:
         self._epoch_rate = images / seconds if images else None
 
     def finish_epoch(self, epoch: int) -> None:
-        """Measure, set the next epoch's learning rate, write the line of metrics and the checkpoint."""
+        """Measure, set the next epoch's learning rate, write the line of metrics and the checkpoint.
+
+        Raises TrainingError when what is measured is not finite: the last steps broke the weights.
+        """
         recipe = self.learner.recipe
         line: dict[str, Any] = {"epoch": epoch, "learning_rate": self.learner.schedule.learning_rate}
         line.update({f"train/{name}": value for name, value in self.learner.epoch_figures().items()})
         if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
-            line.update(self.evaluate(self.learner.evaluated_model))
+            line.update(_finite(self.evaluate(self.learner.evaluated_model), epoch))
         self._count_seconds()
         line.update({"images_per_second": self._epoch_rate, "seconds": self._timed["seconds"]})
         self.history.append(line)
@@ -142,3 +147,14 @@ class Session:
         now = time.perf_counter()
         self._timed["seconds"] += now - self._since
         self._since = now
+
+
+def _finite(figures: dict[str, float | None], epoch: int) -> dict[str, float | None]:
+    bad = [name for name, value in figures.items() if value is not None and not math.isfinite(value)]
+    if bad:
+        raise TrainingError(
+            f"the student's outputs are not finite after epoch {epoch}: {', '.join(bad)}",
+            expected="finite figures",
+            hint="a smaller recipe.learning_rate, recipe.clip_grad_norm=5, or precision=fp32 or bf16",
+        )
+    return figures

@@ -13,6 +13,7 @@ import torch
 
 from vkd.config import RecipeConfig
 from vkd.data import Data, Normalization
+from vkd.errors import TrainingError
 from vkd.methods import Progress
 from vkd.training.interruption import Interrupted
 from vkd.training.session import Record, Session
@@ -86,8 +87,16 @@ class Trainer:
     def fit(self) -> list[Record]:
         """Train to the end, from wherever the sessions stand, and give each session's record.
 
-        Raises TrainingError when a loss is not finite, Interrupted when asked to stop.
+        Raises TrainingError when a loss is not finite or the sessions stand at different steps, Interrupted when asked
+        to stop.
         """
+        positions = {session.position for session in self.sessions}
+        if len(positions) > 1:
+            raise TrainingError(
+                f"students that train side by side stand at different (epoch, step): {sorted(positions)}",
+                expected="checkpoints of one moment",
+                hint="remove their checkpoints to start them again",
+            )
         epoch, step = self.sessions[0].position
         while epoch <= self.recipe.epochs:
             self._train_epoch(epoch, step)
@@ -129,6 +138,8 @@ class Trainer:
                 self._stop(epoch, step)
         self._synchronize()
         seconds = time.perf_counter() - started
+        if self._steps_of_this_process <= UNTIMED_STEPS:
+            seconds, timed_images = 0.0, 0
         for session in self.sessions:
             session.add_training_time(seconds, timed_images)
 
