@@ -5,6 +5,8 @@ Hydra's and OmegaConf's own errors become one message each.
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import re
 import sys
@@ -38,6 +40,7 @@ CONFIG_NAME = "train"
 _HYDRA_VERSION_BASE = "1.3"
 
 
+@functools.cache
 def register_schema() -> None:
     """Let `conf/train.yaml` name the typed schema in its defaults list.
 
@@ -121,9 +124,10 @@ def compose_jobs(flags: Sequence[str], overrides: Sequence[str]) -> int | None:
         return None
     parsed = _parse_words(overrides)
     fixed = [entry.input_line for entry in parsed if not entry.is_sweep_override()]
+    # Nothing but these words and `-m` can make a command a sweep.
     outer = [word for word in fixed if re.match(r"[+~]*(experiment|hydra)\b", word)]
-    hydra_node = compose_config(outer, with_hydra=True).hydra
-    if not flags and str(hydra_node.mode) != "RunMode.MULTIRUN":
+    hydra_node = compose_config(outer, with_hydra=True).hydra if flags or outer else None
+    if not flags and (hydra_node is None or str(hydra_node.mode) != "RunMode.MULTIRUN"):
         _check_single(parsed)
         _parse_job(overrides, alone=True)
         return 1
@@ -198,6 +202,9 @@ def run_hydra(flags: Sequence[str], overrides: Sequence[str], job: Callable[[Dic
     )(job)
     # Hydra reads sys.argv, and prints errors and exits by itself unless this variable is set.
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    # Some of its switches give the root logger a handler and leave it there.
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     sys.argv = [argv[0], *flags, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
@@ -211,6 +218,8 @@ def run_hydra(flags: Sequence[str], overrides: Sequence[str], job: Callable[[Dic
         ) from error
     finally:
         sys.argv = argv
+        root.handlers = handlers
+        root.setLevel(level)
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:

@@ -163,6 +163,7 @@ class Config:
     seed: decides the student's weights, the order and augmentation of the data, dropout and the method's draws.
     device: `auto`, or a torch device such as `cpu` or `cuda:1`.
     precision: fp32, bf16 or fp16 (autocast; fp16 scales its gradients).
+    teacher: null for plain training.
     method: name of each method with its parameters; empty for plain training.
     divergence: its name, temperature and own parameters; empty where no method uses one.
     cross_entropy_weight: weight of the cross-entropy with the labels; plain training always has 1.
@@ -180,7 +181,7 @@ class Config:
     results_root: str = "results"
     data_root: str = "data"
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teacher: TeacherConfig | None = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     method: dict[str, Any] = field(default_factory=dict)
     divergence: dict[str, Any] = field(default_factory=dict)
@@ -237,6 +238,7 @@ def _annotation(schema: type, path: list[str]) -> Any:
         if not dataclasses.is_dataclass(kind):
             return None
         kind = typing.get_type_hints(kind).get(part.split("[")[0])
+        kind = next((member for member in typing.get_args(kind) if dataclasses.is_dataclass(member)), kind)
     return kind
 
 
@@ -267,15 +269,25 @@ def as_typed(schema: type, values: Any, *, where: str = "") -> Any:
     except MissingMandatoryValue as error:
         raise ConfigError(f"{prefix}{error.full_key} has no value", hint=f"{prefix}{error.full_key}=...") from error
     except ValidationError as error:
-        key = error.full_key or ""
-        value = OmegaConf.select(OmegaConf.create(values), key) if key else values
-        kind = _annotation(schema, key.split(".")) if key else schema
+        key = error.full_key or _first_refused(schema, values)
+        value = OmegaConf.select(OmegaConf.create(values), key)
+        kind = _annotation(schema, key.split("."))
         raise ConfigError(
             f"{prefix}{key} = {_show(value)} is not what this key takes", expected=_type_words(kind) if kind else ""
         ) from error
     except OmegaConfBaseException as error:
         problem = str(error).splitlines()[0]
         raise ConfigError(f"{prefix}{getattr(error, 'full_key', None) or 'config'}: {problem}") from error
+
+
+def _first_refused(schema: type, values: Mapping[str, Any]) -> str:
+    """The first key whose value is no group of keys where the schema has one; OmegaConf does not name it."""
+    for key, value in values.items():
+        try:
+            OmegaConf.merge(OmegaConf.structured(schema), {key: value})
+        except ValidationError:
+            return str(key)
+    return ""
 
 
 def explain_key(key: str, groups: typing.Iterable[str] = ()) -> ConfigError:
@@ -297,7 +309,7 @@ def explain_key(key: str, groups: typing.Iterable[str] = ()) -> ConfigError:
                 expected=list_names(names, most=40),
                 hint=" or ".join(f"{name}=..." for name in near),
             )
-    if path[0] == "method":
+    if path[0] == "method" and len(path) > 1:
         return ConfigError(f"{key} belongs to a method that was not chosen", hint=f"method={path[1]} {key}=...")
     if key in groups:
         return ConfigError(f"{key} is not chosen unless it is added with a plus", hint=f"+{key}=...")
@@ -487,7 +499,7 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
 
     if isinstance(composed, DictConfig):
         composed = OmegaConf.to_container(composed)  # interpolations are resolved where their errors are explained
-    given = {key: value for key, value in composed.items() if value is not None or key not in ("teacher", "divergence")}
+    given = {key: value for key, value in composed.items() if value is not None or key != "divergence"}
     config = as_typed(Config, given)
     _choose("precision", config.precision, PRECISIONS)
     from vkd.tracking import TRACKERS
@@ -501,7 +513,10 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     if not uses_divergence:
         config.divergence = {}
     if config.is_plain:
+        config.teacher = None
         config.cross_entropy_weight = 1.0
+    else:
+        _require(config.teacher is not None, "teacher is null", "a teacher, or method=none", "teacher.arch=...")
     _require(
         math.isfinite(config.cross_entropy_weight) and config.cross_entropy_weight >= 0,
         f"cross_entropy_weight = {config.cross_entropy_weight}",

@@ -71,7 +71,8 @@ class WandbTracker:
                 name=name,
                 id=self._identifier(directory),
                 resume="allow" if online else None,
-                dir=str(directory),
+                # Absolute, since W&B's own process stays in the directory in which the first run started it.
+                dir=str(directory.resolve()),
                 mode="online" if online else "offline",
                 config=config.as_dict(),
                 tags=list(config.tracker.tags),

@@ -40,7 +40,8 @@ def shown(console: Console) -> str:
 
 def test_a_line_says_epoch_terms_accuracies_and_speed():
     assert describe_epoch(LINE, 30) == (
-        "epoch 3/30  loss 1.2346  cross_entropy 0.2346  kd 1.0000  train 51.23 %  val 48.00 %  test 47.50 %  12,346 images/s"
+        "epoch 3/30  loss 1.2346  cross_entropy 0.2346  kd 1.0000  "
+        "train 51.23 %  val 48.00 %  test 47.50 %  12,346 images/s"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from rich.console import Console
 from vkd.config import Config, StudentConfig, fingerprint, run_identity
 from vkd.data import Data, Normalization, load_data
 from vkd.divergences import make_divergence
+from vkd.errors import ConfigError
 from vkd.methods import Combination, MethodContext, make_method
 from vkd.models import count_parameters, create_model, save_weights
 from vkd.randomness import derive_seed, generator
@@ -58,6 +60,14 @@ def run(config: Config, *, console: Console, should_stop: Callable[[], bool] = l
     Raises UserError for wrong input, Interrupted when asked to stop; any exception after the directory is made leaves
     its traceback there.
     """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1"):
+        # Each of them would do the whole run by itself.
+        raise ConfigError(
+            f"a launcher such as torchrun started {processes} processes for one run",
+            expected="one process a run",
+            hint="python -m vkd.train, without the launcher",
+        )
     device = choose_device(config.device)
     data = load_data(config.dataset, config.data_root, device=device, workers=config.workers)
     for note in data.notes:

@@ -1,0 +1,23 @@
+"""One teacher and one student of it, trained once, for all tests of the commands that need them."""
+
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The runs root with a teacher and one student, both of one epoch. Tests must leave it as it is."""
+    from commands import train
+
+    root = tmp_path_factory.mktemp("trained") / "runs"
+    assert train(f"runs_root={root}") == 0
+    return root
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, trained):
+    """An empty working directory whose runs root holds the trained teacher, so that no test trains it again."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained / "teachers", tmp_path / "runs" / "teachers")
+    return tmp_path
