@@ -17,17 +17,17 @@ import vkd.train
 # Later words win, so a test changes any of these by saying it again.
 TINY = [
     "dataset=digits",
-    "teacher.arch=cifar_resnet8_quarter",
-    "student.arch=cifar_resnet8_quarter",
+    "teacher.arch=cifar_resnet8_width4",
+    "student.arch=cifar_resnet8_width4",
     "recipe.epochs=1",
     "teacher.recipe.epochs=1",
     "teacher.allow_chance_accuracy=true",
     "tracker=none",
     "device=cpu",
 ]
-TEACHERS = Path("teachers", "cifar_resnet8_quarter")
-PAIR = Path("digits", "cifar_resnet8_quarter-cifar_resnet8_quarter")
-PLAIN = Path("digits", "cifar_resnet8_quarter")
+TEACHERS = Path("teachers", "cifar_resnet8_width4")
+PAIR = Path("digits", "cifar_resnet8_width4-cifar_resnet8_width4")
+PLAIN = Path("digits", "cifar_resnet8_width4")
 
 
 def train(*words: str) -> int:

@@ -35,7 +35,7 @@ def test_a_study_is_written_and_shown(study, tmp_path, capsys):
     table = (folder / "table.md").read_text()
     assert capsys.readouterr().out == table
     assert table.startswith("# quickstart: test top-1 (%)\n\n    python -m vkd.collect study=quickstart\n")
-    assert "seed 3: failed: loss is not finite (`quickstart/cifar_resnet20-cifar_resnet8_quarter/kd-abkd-s3-" in table
+    assert "seed 3: failed: loss is not finite (`quickstart/cifar_resnet20-cifar_resnet8_width4/kd-abkd-s3-" in table
     assert str(tmp_path) not in table
     lines = list(csv.DictReader(io.StringIO((folder / "table.csv").read_text())))
     assert [float(line["mean"]) for line in lines] == [91.0, 92.0, 92.5]
@@ -63,7 +63,7 @@ def test_another_metric_and_other_roots_can_be_asked_for(study, tmp_path, capsys
 
 
 def test_every_kind_of_hole_leaves_the_rest_standing(study, tmp_path, capsys):
-    pair = study / "quickstart" / "cifar_resnet20-cifar_resnet8_quarter"
+    pair = study / "quickstart" / "cifar_resnet20-cifar_resnet8_width4"
     running = write_run(study, result("dkd", "fkld", seed=1), {"state": "running", "epoch": 2, "epochs": 20})
     half = write_run(study, result("dkd", "fkld", seed=2))
     (half / "result.json").write_text(json.dumps(result("dkd", "fkld", seed=2))[:300])
@@ -77,7 +77,7 @@ def test_every_kind_of_hole_leaves_the_rest_standing(study, tmp_path, capsys):
     for words in ("running: epoch 2 of 20", "damaged: result.json is not whole JSON", "unfinished: no result.json"):
         assert words in out
     assert "hole (0 of 3)" in out
-    assert f"(`quickstart/cifar_resnet20-cifar_resnet8_quarter/{running.name}`)" in out
+    assert f"(`quickstart/cifar_resnet20-cifar_resnet8_width4/{running.name}`)" in out
     assert "in no row: unfinished: no result.json; config.yaml is not plain YAML" in out
 
 

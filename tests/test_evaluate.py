@@ -15,7 +15,7 @@ from vkd.evaluate import evaluate, main
 from vkd.models import create_model, save_weights
 from vkd.training.measurement import FIGURES
 
-ARCH = "cifar_resnet8_quarter"
+ARCH = "cifar_resnet8_width4"
 
 
 @pytest.fixture(autouse=True)

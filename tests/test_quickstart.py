@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+import torch
 
 import vkd.collect
 import vkd.train
@@ -13,10 +14,14 @@ import vkd.train
 def study(tmp_path_factory):
     """The study's folder of runs and of results, from one sweep of one epoch."""
     root = tmp_path_factory.mktemp("quickstart")
+    # Networks this small gain nothing from a second thread, and wait for it when the machine is busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     roots = [f"runs_root={root / 'runs'}", f"results_root={root / 'results'}"]
     short = ["recipe.epochs=1", "teacher.recipe.epochs=3", "tracker=none", "device=cpu"]
     assert vkd.train.main(["+experiment=quickstart", *roots, *short]) == 0
     assert vkd.collect.main(["study=quickstart", *roots]) == 0
+    torch.set_num_threads(threads)
     return root
 
 

@@ -86,12 +86,12 @@ def test_the_result_holds_every_key_of_its_contract(trained):
     assert re.fullmatch("[0-9a-f]{64}", result["group"])
     assert result["fingerprint"] != result["group"]
     teacher = read(only_run(trained / TEACHERS) / "result.json")
-    assert result["teacher"]["arch"] == "cifar_resnet8_quarter"
+    assert result["teacher"]["arch"] == "cifar_resnet8_width4"
     assert result["teacher"]["saw_val"] is False
     assert re.fullmatch("[0-9a-f]{64}", result["teacher"]["sha256"])
     for split in ("val", "test"):
         assert result["teacher"]["accuracy"][split] == pytest.approx(teacher["metrics"][f"{split}/top1"], abs=1e-9)
-    assert result["student"] == {"arch": "cifar_resnet8_quarter", "parameters": 5142}
+    assert result["student"] == {"arch": "cifar_resnet8_width4", "parameters": 5142}
     assert result["method"] == {"kd": {"weight": 0.9, "temperature_squared": True}}
     assert result["divergence"] == {"name": "fkld", "temperature": 4.0}
     assert (result["seed"], result["study"], result["cross_entropy_weight"]) == (1, "digits", 0.1)
@@ -119,7 +119,7 @@ def test_the_result_holds_every_key_of_its_contract(trained):
 def test_timm_loads_the_saved_student_and_it_classifies_as_recorded(trained):
     run = only_run(trained / PAIR)
     model = timm.create_model(
-        "cifar_resnet8_quarter", num_classes=10, in_chans=1, checkpoint_path=str(run / "student.safetensors")
+        "cifar_resnet8_width4", num_classes=10, in_chans=1, checkpoint_path=str(run / "student.safetensors")
     ).eval()
     from sklearn.datasets import load_digits
 

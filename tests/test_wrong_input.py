@@ -15,7 +15,7 @@ import vkd.collect
 import vkd.evaluate
 from vkd.models import create_model, save_weights
 
-ARCH = "cifar_resnet8_quarter"
+ARCH = "cifar_resnet8_width4"
 
 
 class Trap:

@@ -37,7 +37,7 @@ KEYS
   dataset=NAME, dataset.KEY=VALUE, data_root=data, workers=2    as in vkd.train
 
 EXAMPLES
-  python -m vkd.evaluate run=runs/quickstart/cifar_resnet20-cifar_resnet8_quarter/kd-fkld-s1-0a1b2c3d
+  python -m vkd.evaluate run=runs/quickstart/cifar_resnet20-cifar_resnet8_width4/kd-fkld-s1-0a1b2c3d
   python -m vkd.evaluate arch=cifar_resnet56 checkpoint=resnet56.safetensors dataset=cifar100
 
 top1, top5 and agreement are percent; nll, entropy and teacher_kl are nats; ece (15 bins) goes from 0 to 1."""

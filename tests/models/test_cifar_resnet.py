@@ -26,7 +26,7 @@ PARAMETERS = {
     "cifar_resnet8x4": 1_233_540,
     "cifar_resnet32x4": 7_433_860,
 }
-ARCHS = [*PARAMETERS, "cifar_resnet8_quarter"]
+ARCHS = [*PARAMETERS, "cifar_resnet8_width4"]
 
 
 def make(arch: str, **arguments) -> nn.Module:
@@ -49,7 +49,7 @@ def test_a_network_has_as_many_parameters_as_the_literature_says(arch, count):
         assert count_parameters(timm.create_model(arch, num_classes=100)) == count
 
 
-def test_timm_lists_exactly_the_networks_of_the_table_and_the_quarter_one():
+def test_timm_lists_exactly_the_networks_of_the_table_and_the_narrow_one():
     assert set(timm.list_models("cifar_resnet*")) == set(ARCHS)
 
 
@@ -99,13 +99,10 @@ def test_the_first_stage_projects_only_where_the_stem_has_another_width():
     assert make("cifar_resnet8x4").layer1[0].downsample[0].weight.shape == (64, 32, 1, 1)
 
 
-def test_the_quarter_network_is_a_quarter_as_wide_everywhere():
-    full, quarter = make("cifar_resnet8").state_dict(), make("cifar_resnet8_quarter").state_dict()
-    assert full.keys() == quarter.keys()
-    for name in full:
-        if full[name].ndim:
-            assert full[name].shape[0] == (quarter[name].shape[0] * (1 if name.startswith("fc") else 4))
-    assert quarter["fc.weight"].shape == (100, 16)
+def test_the_width4_network_has_four_channels_in_every_layer():
+    state = make("cifar_resnet8_width4", num_classes=10).state_dict()
+    assert {tensor.shape[0] for name, tensor in state.items() if tensor.ndim == 4} == {4}
+    assert state["fc.weight"].shape == (10, 4)
 
 
 def test_logits_equal_a_forward_pass_written_out_from_the_state_dict():
@@ -149,7 +146,7 @@ def test_convolutions_start_kaiming_normal_over_fan_out_and_batch_norm_starts_as
 
 @pytest.mark.parametrize(("height", "width", "channels"), [(8, 8, 1), (28, 28, 1), (33, 47, 3), (64, 64, 4), (1, 1, 3)])
 def test_images_of_any_size_and_channel_count_are_taken(height, width, channels):
-    model = make("cifar_resnet8_quarter", num_classes=5, in_chans=channels).eval()
+    model = make("cifar_resnet8_width4", num_classes=5, in_chans=channels).eval()
     assert model(torch.zeros(2, channels, height, width)).shape == (2, 5)
     assert model.in_chans == channels
 

@@ -24,7 +24,7 @@ def result(
     val: float | None = 91.0,
     dataset: str = "digits",
     teacher: str = "cifar_resnet20",
-    student: str = "cifar_resnet8_quarter",
+    student: str = "cifar_resnet8_width4",
     point: tuple[float, float] | None = None,
     recipe: dict[str, Any] | None = None,
     environment: dict[str, Any] | None = None,

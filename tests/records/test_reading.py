@@ -18,11 +18,11 @@ def test_a_done_run_is_read_whole(tmp_path):
     (run,) = read_runs(tmp_path / "quickstart", relative_to=tmp_path)
     assert run.done
     assert run.identified
-    assert (run.dataset, run.teacher, run.student) == ("digits", "cifar_resnet20", "cifar_resnet8_quarter")
+    assert (run.dataset, run.teacher, run.student) == ("digits", "cifar_resnet20", "cifar_resnet8_width4")
     assert (run.method, run.divergence, run.alpha, run.beta, run.seed) == ("kd+dkd", "abkd", 1.0, 0.3, 7)
     assert run.metric("test/top1") == 94.25
     assert run.teacher_accuracy("test") == 98.9
-    assert run.path.startswith("quickstart/cifar_resnet20-cifar_resnet8_quarter/dkd+kd-abkd-s7-")
+    assert run.path.startswith("quickstart/cifar_resnet20-cifar_resnet8_width4/dkd+kd-abkd-s7-")
 
 
 @pytest.mark.parametrize("method", ["none", "null", "{}", "{none: {}}"])

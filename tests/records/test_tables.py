@@ -148,9 +148,9 @@ def test_plain_training_stands_in_every_column_of_its_data_and_student():
     )
     header, body = grid(table)
     assert [column.title for column in table.columns] == [
-        "cifar10: cifar_resnet8_quarter",
-        "digits: a -> cifar_resnet8_quarter",
-        "digits: b -> cifar_resnet8_quarter",
+        "cifar10: cifar_resnet8_width4",
+        "digits: a -> cifar_resnet8_width4",
+        "digits: b -> cifar_resnet8_width4",
     ]
     plain, kd = body[1:]
     assert [plain[index].split(" (")[0] for index in (4, 7, 10)] == ["50.50 ± 0.71", "90.50 ± 0.71", "90.50 ± 0.71"]
@@ -201,7 +201,7 @@ def test_a_failed_run_is_a_hole_with_its_reason_and_place():
     table = make(*seeds(tops=(90.0, 91.0)), more=[hole(seed=3)])
     assert "(2 of 3)" in grid(table)[1][-1][4]
     assert holes(table) == [
-        "kd fkld, digits: cifar_resnet20 -> cifar_resnet8_quarter, seed 3: failed: loss not finite "
+        "kd fkld, digits: cifar_resnet20 -> cifar_resnet8_width4, seed 3: failed: loss not finite "
         "(`quickstart/pair/failed-3`)"
     ]
     assert lines(table)[0]["holes"] == "seed 3: failed: loss not finite (`quickstart/pair/failed-3`)"
@@ -257,7 +257,7 @@ def test_a_seed_that_half_of_the_rows_have_is_missed_elsewhere_but_one_rows_extr
 
 def test_a_row_without_runs_in_a_column_says_so():
     table = make(*seeds(), *seeds(dataset="cifar10"), *seeds("dkd", "rkld"))
-    assert holes(table) == ["dkd rkld: no runs in cifar10: cifar_resnet20 -> cifar_resnet8_quarter"]
+    assert holes(table) == ["dkd rkld: no runs in cifar10: cifar_resnet20 -> cifar_resnet8_width4"]
 
 
 def test_the_best_row_is_marked_by_val_whatever_test_says():
