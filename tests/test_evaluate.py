@@ -152,8 +152,9 @@ def test_a_network_that_always_says_three_has_the_share_of_threes_as_its_accurac
     assert re.search(r"^images +20$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_a_run_can_be_measured_on_other_data_than_its_own(trained, tmp_path, monkeypatch):
+def test_a_run_can_be_measured_on_other_data_than_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert train("method=none", "recipe.epochs=8") == 0
     from sklearn.datasets import load_digits
 
     scans = load_digits()
@@ -166,10 +167,10 @@ def test_a_run_can_be_measured_on_other_data_than_its_own(trained, tmp_path, mon
             labels=(scans.target + 1).astype(np.int64) % 10,
             class_names=np.array([str(digit) for digit in range(10)]),
         )
-    run = only_run(trained / PAIR)
+    run = only_run(tmp_path / "runs" / PLAIN)
     report = evaluate([f"run={run}", "dataset.name=shifted", "data_root=packs", "split=test", "device=cpu"])
     assert report["images"] == {"test": 1797}
-    assert report["metrics"]["test/top1"] < recorded(run)["test/top1"] - 10
+    assert recorded(run)["test/top1"] > 60 > 30 > report["metrics"]["test/top1"]
 
 
 def test_help_is_a_page_and_no_error(capsys):

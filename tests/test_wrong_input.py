@@ -105,6 +105,7 @@ WORDS = {
     "data set": ("dataset=digit", "there is no dataset 'digit'", "cifar100", "try: dataset=digits"),
     "divergence": ("divergence=fkl", "there is no divergence 'fkl'", "try: divergence=fkld"),
     "method": ("method=kdd", "there is no method 'kdd'", "expected: kd, none", "try: method=kd"),
+    "plain training and a method": ("method=[none,kd]", "adds plain training to a method", "method=none alone"),
     "recipe": ("recipe=quik", "there is no recipe 'quik'", "try: recipe=quick"),
     "recipe of the teacher": ("recipe@teacher.recipe=quik", "there is no recipe", "try: recipe@teacher.recipe=quick"),
     "place of a recipe": ("recipe@teacher.recip=quick", "recipe@teacher.recip", "try: recipe@teacher.recipe=..."),

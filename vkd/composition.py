@@ -169,6 +169,10 @@ def _check_groups(parsed: Sequence[Override]) -> None:
             raise ConfigError(f"{word!r} has no key", expected="key=value")
         if key not in groups or entry.is_sweep_override():
             continue
+        if key == "method" and isinstance(entry.value(), list) and "none" in entry.value() and len(entry.value()) > 1:
+            raise ConfigError(
+                f"{word} adds plain training to a method", expected="method=none alone, or methods without it"
+            )
         if entry.is_delete() or not isinstance(entry.value(), (str, list, dict)):
             raise ConfigError(
                 f"{word} names no choice of {key}",

@@ -5,6 +5,7 @@ A network of the literature is a subclass that defines its layers, and entry poi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ CIFAR100_STD = (0.2673, 0.2564, 0.2761)
 Network = TypeVar("Network", bound="StagedNetwork")
 
 
-class StagedNetwork(nn.Module):
+class StagedNetwork(nn.Module, ABC):
     """An image classifier of a stem, stages in sequence, global pooling and a linear classifier called `fc`.
 
     A subclass defines `forward_stem` and the stages, each an `nn.Sequential`, and fills in the attributes below.
@@ -51,9 +52,9 @@ class StagedNetwork(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
+    @abstractmethod
     def forward_stem(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] to the input of the first stage."""
-        raise NotImplementedError
 
     def _forward_stage(self, name: str, x: Tensor) -> Tensor:
         stage = getattr(self, name)

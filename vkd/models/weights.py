@@ -7,7 +7,6 @@ import hashlib
 import os
 import pickle
 import re
-import uuid
 from codecs import encode
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from timm.models import list_models
 from torch import Tensor, nn
 
 from vkd.errors import ModelError
+from vkd.records.atomic import write_bytes_atomically
 
 _WRAPPERS = (
     "state_dict_ema",
@@ -148,15 +148,7 @@ def save_weights(
     content = safetensors.torch.save(copies, {"format": "pt", **metadata})
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes_atomically(path, content)
 
 
 def weights_sha256(weights: Mapping[str, Tensor]) -> str:
