@@ -24,6 +24,7 @@ from vkd.config import (
     run_identity,
     typed_parameters,
 )
+from vkd.data import Normalization
 from vkd.errors import ConfigError
 from vkd.training.run import teacher_training_config
 from vkd.training.teacher import teacher_identity
@@ -58,7 +59,10 @@ def identity(*words):
     taught_by = None
     if not config.is_plain:
         own = fingerprint(run_identity(teacher_training_config(config), data="pixels", teacher=None))
-        taught_by = teacher_identity(config.teacher, {"fingerprint": own})
+        given = config.teacher.mean is not None
+        values = config.teacher if given else config.dataset
+        normalization = Normalization(values.mean, values.std, 1)
+        taught_by = teacher_identity(config.teacher.arch, normalization, {"fingerprint": own})
     return fingerprint(run_identity(config, data="pixels", teacher=taught_by))
 
 
@@ -271,7 +275,7 @@ def test_what_decides_no_number_is_not_in_the_fingerprint(reference, words):
         "teacher.arch=cifar_resnet32",
         "teacher.seed=1",
         "teacher.recipe.epochs=31",
-        "teacher.mean=[0.5] teacher.std=[0.5]",
+        "teacher.mean=[0.5] teacher.std=[0.5] teacher.checkpoint=x.pth",
     ],
 )
 def test_what_decides_a_number_is_in_the_fingerprint(reference, words):
@@ -318,3 +322,26 @@ def test_every_key_is_known_to_the_one_who_explains_keys():
         assert f"there is no key {key}x" in str(misspelt)
         assert f"{key}=..." in misspelt.hint
     assert OPEN_KEYS[0] == "divergence"
+
+
+def test_the_order_of_augmentations_decides_the_pixels_and_so_the_fingerprint():
+    crop, flip = ("crop", {"padding": 4}), ("flip", {})
+    config = parse(compose_config(["dataset=cifar100"]))
+    identities = []
+    for augmentation in (dict([crop, flip]), dict([flip, crop]), dict([crop, flip])):
+        config.dataset.augmentation = augmentation
+        identities.append(fingerprint(run_identity(config, data="x", teacher=None)))
+    assert identities[0] == identities[2] != identities[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        (["teacher.mean=[0.9]", "teacher.std=[0.1]"], "vkd trains this teacher"),
+        (["teacher.recipe.scheduler=plateau", "dataset.val_fraction=0"], "teacher.recipe.scheduler=plateau"),
+        (["study=teachers"], "study=teachers is the folder of the teachers"),
+    ],
+)
+def test_what_would_spoil_a_trained_teacher_is_refused(words, fragment):
+    with pytest.raises(ConfigError, match=re.escape(fragment)):
+        parse(compose_config(words))

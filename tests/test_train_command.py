@@ -674,3 +674,19 @@ def test_a_resumed_run_keeps_its_identity_in_wandb_and_another_run_has_another(a
         TRACKERS["offline"](config, tmp_path / folder, name="run", study="study")
         identifiers.append(asked["id"])
     assert identifiers[0] == identifiers[1] != identifiers[2]
+
+
+def test_a_signal_that_comes_after_the_last_step_of_a_job_still_ends_the_sweep(place, monkeypatch):
+    done = []
+    fit = Trainer.fit
+
+    def fit_and_be_signalled(trainer):
+        records = fit(trainer)
+        done.append(records)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return records
+
+    monkeypatch.setattr(Trainer, "fit", fit_and_be_signalled)
+    assert train("-m", "method=none", "seed=1,2,3") == 130
+    assert len(done) == 1
+    assert read(only_run(place / "runs" / "digits") / "status.json")["state"] == "done"

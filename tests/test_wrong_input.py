@@ -198,7 +198,11 @@ CONTENT = {
     "options of the optimizer": ("recipe.optimizer_options={foo:1}", "recipe.optimizer=momentum", "'foo'"),
     "option of the scheduler": ("recipe.scheduler_options.foo=1", "recipe.scheduler=cosine", "'foo'"),
     "too many means": ("dataset.mean=[0.1,0.2]", "dataset.mean has 2 values", "1 channel", "try: dataset.mean=[0.5]"),
-    "teacher's means": ("teacher.mean=[1,2] teacher.std=[1,2]", "teacher.mean has 2 values", "1 channel"),
+    "teacher's means": (
+        "teacher.checkpoint=missing.pth teacher.mean=[1,2] teacher.std=[1,2]",
+        "teacher.mean has 2 values",
+        "1 channel",
+    ),
     "val_fraction": ("dataset.val_fraction=1.5", "dataset.val_fraction=1.5", "try: dataset.val_fraction=0.1"),
     "pretrained without weights": ("teacher.pretrained=true", "no published", ARCH, "teacher.checkpoint="),
     "no such checkpoint": ("teacher.checkpoint=missing.pth", "no checkpoint 'missing.pth'", "train the network first"),

@@ -15,6 +15,9 @@ from vkd.errors import ConfigError
 
 logger = logging.getLogger("vkd")
 
+STOPPED = 130
+"""Exit code of a command that was asked to stop, as shells have it."""
+
 
 class _ConsoleHandler(logging.Handler):
     """Prints above a progress bar rather than through it."""

@@ -24,6 +24,8 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from vkd.errors import ConfigError, list_names, nearest
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+TEACHERS_STUDY = "teachers"
+"""The study that trained teachers are runs of."""
 
 OPEN_KEYS = (
     "divergence",
@@ -444,9 +446,8 @@ def _check_recipe(recipe: RecipeConfig, where: str) -> None:
 def _typed_method(method: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     from vkd.methods import METHODS
 
-    return {
-        name: typed_parameters(METHODS[name], parameters, where=f"method.{name}") for name, parameters in method.items()
-    }
+    # In one order, since that of a sum decides its last digits and says nothing else.
+    return {name: typed_parameters(METHODS[name], method[name], where=f"method.{name}") for name in sorted(method)}
 
 
 def _typed_divergence(divergence: Mapping[str, Any]) -> dict[str, Any]:
@@ -526,12 +527,14 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     _require(config.workers >= 0, f"workers = {config.workers} is negative", "a whole number from 0")
     _require(config.evaluation_batch_size >= 1, "evaluation_batch_size is too small", "a whole number from 1")
     _check_recipe(config.recipe, "recipe")
-    _require(
-        config.dataset.val_fraction > 0 or config.recipe.scheduler != "plateau",
-        "recipe.scheduler=plateau watches the validation accuracy, and dataset.val_fraction=0 leaves none",
-        "another scheduler, or a validation split",
-        "recipe.scheduler=cosine",
-    )
+    recipes = {"recipe": config.recipe} if config.is_plain else {"recipe": config.recipe, **_trained_recipe(config)}
+    for where, recipe in recipes.items():
+        _require(
+            config.dataset.val_fraction > 0 or recipe.scheduler != "plateau",
+            f"{where}.scheduler=plateau watches the validation accuracy, and dataset.val_fraction=0 leaves none",
+            "another scheduler, or a validation split",
+            f"{where}.scheduler=cosine",
+        )
     if not config.is_plain:
         _check_recipe(config.teacher.recipe, "teacher.recipe")
         _require(
@@ -544,8 +547,19 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
             "teacher.mean and teacher.std belong together",
             "both or neither",
         )
+        _require(
+            config.teacher.mean is None or bool(config.teacher.checkpoint) or config.teacher.pretrained,
+            "teacher.mean and teacher.std belong to weights that are given, and vkd trains this teacher",
+            "teacher.checkpoint or teacher.pretrained beside them; a trained teacher has the data set's normalisation",
+            "dataset.mean=... dataset.std=..., for both networks",
+        )
     for name in ("runs_root", "results_root", "data_root"):
         _require(bool(getattr(config, name)), f"{name} is empty", "a folder", f"{name}={getattr(Config, name)}")
+    _require(
+        config.study != TEACHERS_STUDY,
+        f"study={TEACHERS_STUDY} is the folder of the teachers that vkd trains",
+        "another name for a study of students",
+    )
     if config.study is not None:
         _check_folder_name("study", config.study)
     _check_folder_name("dataset.name", config.dataset.name)
@@ -555,6 +569,12 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     if not config.is_plain:
         check_arch(config.teacher.arch)
     return config
+
+
+def _trained_recipe(config: Config) -> dict[str, RecipeConfig]:
+    """The recipe that trains the teacher, where one does."""
+    given = config.teacher.checkpoint or config.teacher.pretrained
+    return {} if given else {"teacher.recipe": config.teacher.recipe}
 
 
 def _check_folder_name(key: str, name: str) -> None:
@@ -591,6 +611,8 @@ def run_identity(
     """
     dataset = dataclasses.asdict(config.dataset)
     del dataset["root"]
+    # A mapping's order is not part of a fingerprint; that of augmentations decides the pixels.
+    dataset["augmentation"] = list(dataset["augmentation"].items())
     return {
         "dataset": {**dataset, "content": data},
         "teacher": teacher,

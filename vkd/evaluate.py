@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from vkd.command import complain, parse_words, speaking
+from vkd.command import STOPPED, complain, parse_words, speaking
 from vkd.composition import compose_config
 from vkd.config import Config, parse
 from vkd.errors import ConfigError, UserError, nearest
@@ -97,7 +97,8 @@ def _config(own: EvaluateConfig, shared: list[str]) -> Config:
     for name in {"data_root", "evaluation_batch_size"} - given:
         values[name] = recorded.get(name, values[name])
     # runs_root/study/pair/run: a run may have been moved together with its teacher.
-    values["runs_root"] = str(Path(own.run).resolve().parents[2])
+    above = list(Path(own.run).resolve().parents)
+    values["runs_root"] = str(above[min(2, len(above) - 1)])
     return parse(values)
 
 
@@ -133,7 +134,7 @@ def _table(report: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code: 0, or 2 for wrong input."""
+    """Run the command; its exit code: 0, 2 for wrong input, 130 when asked to stop."""
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help") for word in words):
         print(HELP)
@@ -144,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (UserError, OSError) as error:
             complain(error)
             return 2
+        except KeyboardInterrupt:
+            return STOPPED
     return 0
 
 

@@ -10,16 +10,13 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vkd.command import complain, logger, speaking
+from vkd.command import STOPPED, complain, logger, speaking
 from vkd.composition import compose_jobs, read_command_line, run_hydra
 from vkd.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
     from rich.console import Console
-
-STOPPED = 130
-"""Exit code of a run or sweep that was asked to stop, as shells have it."""
 
 
 class _Jobs:
@@ -61,6 +58,9 @@ class _Jobs:
             self._failed(words, str(error))
         except (Exception, SystemExit):
             self._failed(words, traceback.format_exc())
+        # A signal that came when no step was left to stop after; it is meant for the jobs to come.
+        if should_stop() and self.number != self.count:
+            raise Interrupted(f"stopped after job {self.number}")
 
     def _failed(self, words: str, message: str) -> None:
         complain(message)

@@ -166,13 +166,18 @@ def test_the_normalised_images_are_shared_only_where_both_normalise_alike(data, 
     assert freeze_scripted(data, predictions, **given).shares_normalization == shared
 
 
-def test_a_student_s_identity_has_the_teacher_s_weights_and_normalisation_and_not_its_path():
+def test_a_student_s_identity_has_the_teacher_s_weights_and_the_normalisation_in_force(data):
     weights = {"sha256": "abc"}
-    one, other = (TeacherConfig(arch="tiny", checkpoint=path) for path in ("here.pt", "there.pt"))
-    assert teacher_identity(one, weights) == teacher_identity(other, weights)
-    scaled = dataclasses.replace(one, mean=[0.5], std=[0.5])
-    assert teacher_identity(scaled, weights) != teacher_identity(one, weights)
-    assert teacher_identity(one, {"sha256": "def"}) != teacher_identity(one, weights)
+
+    def identity(weights=weights, **given):
+        teacher = TeacherConfig(arch="tiny", **given)
+        return teacher_identity("tiny", teacher_normalization(teacher, TinyNetwork(), data), weights)
+
+    assert identity(checkpoint="here.pt") == identity(checkpoint="there.pt")
+    # What the data set says, said again for the teacher, is the same input.
+    assert identity(mean=list(data.mean), std=list(data.std)) == identity()
+    assert identity(mean=[0.5], std=[0.5]) != identity()
+    assert identity(weights={"sha256": "def"}) != identity()
 
 
 @pytest.fixture

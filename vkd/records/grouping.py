@@ -187,6 +187,9 @@ def build_table(runs: Iterable[Run], *, study: str, metric: str, command: str) -
         _compare([(row.key, row.cells[index]) for row in rows])
         remarks += _mark_best(column, cells)
     teachers = [_teacher(members[column], teacher_split(metric)) for column in columns]
+    for column, teacher in zip(columns, teachers, strict=True):
+        if teacher is not None and teacher.summary.n > 1:
+            remarks.append(f"the teacher's line of {column.title} is a mean of {teacher.summary.n} teachers")
     return Table(study, metric, command, columns, rows, teachers, unplaced, list(dict.fromkeys(remarks)))
 
 
@@ -426,7 +429,9 @@ def _mark_best(column: Column, cells: list[Cell]) -> list[str]:
     }
     if len(data) > 1:
         return [f"no row of {column.title} is marked as the best, since the rows' validation sets differ"]
-    best = max((cell.val.mean for cell in seen), default=None)
+    if len(seen) < 2:
+        return []  # the best of one says nothing
+    best = max(cell.val.mean for cell in seen)
     for cell in seen:
         cell.best = cell.val.mean == best
     return []

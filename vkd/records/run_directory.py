@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import logging
 import os
@@ -91,17 +92,22 @@ class RunDirectory:
         """What was said while it ran."""
         return self.path / "train.log"
 
-    def create(self, config: dict[str, Any]) -> None:
-        """Make the directory and write the config into it. Raises ConfigError where that is not allowed."""
+    def create(self) -> None:
+        """Make the directory. Raises ConfigError where that is not allowed."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_text_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
+            if not os.access(self.path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         except OSError as error:
             raise ConfigError(
                 f"the run directory {self.path} cannot be written: {error.strerror or error}",
                 expected="a folder that you may write to",
                 hint="runs_root=SOME_OTHER_FOLDER",
             ) from error
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write the resolved config; for whoever holds the directory."""
+        write_text_atomically(self.config, yaml.safe_dump(config, sort_keys=False))
 
     def state(self) -> str | None:
         """running, interrupted, done or failed; None where nothing is known."""

@@ -34,12 +34,14 @@ def scheduler_names() -> list[str]:
 
 
 def make_optimizer(
-    recipe: RecipeConfig, student: nn.Module, extra_parameters: Iterable[nn.Parameter] = ()
+    recipe: RecipeConfig, student: nn.Module, extra_parameters: Iterable[nn.Parameter] = (), *, where: str = "recipe"
 ) -> torch.optim.Optimizer:
     """The recipe's optimizer over the student's parameters and those of its methods.
 
     Weight decay reaches every parameter, as in the CIFAR literature, unless `decay_norm_and_bias` is false; then it
     spares biases and one-dimensional weights, those of the methods too.
+
+    `where` is the config path of the recipe, for the message.
 
     Raises ConfigError when the optimizer refuses its options.
     """
@@ -66,9 +68,9 @@ def make_optimizer(
         )
     except (TypeError, ValueError, AssertionError, ImportError, LookupError, RuntimeError) as error:
         raise ConfigError(
-            f"recipe.optimizer={recipe.optimizer} refuses its settings: {error}",
+            f"{where}.optimizer={recipe.optimizer} refuses its settings: {error}",
             expected="options that this optimizer takes",
-            hint="recipe.optimizer_options={}",
+            hint=f"{where}.optimizer_options={{}}",
         ) from error
 
 
@@ -83,7 +85,7 @@ class Schedule:
     Raises ConfigError when the scheduler refuses its options.
     """
 
-    def __init__(self, recipe: RecipeConfig, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, recipe: RecipeConfig, optimizer: torch.optim.Optimizer, *, where: str = "recipe") -> None:
         self.recipe = recipe
         self.optimizer = optimizer
         self.watches_metric = recipe.scheduler == "plateau"
@@ -95,9 +97,9 @@ class Schedule:
             self.scheduler = _make_scheduler(recipe, optimizer)
         except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError) as error:
             raise ConfigError(
-                f"recipe.scheduler={recipe.scheduler} refuses its settings: {error}",
+                f"{where}.scheduler={recipe.scheduler} refuses its settings: {error}",
                 expected="keyword arguments of timm.scheduler.create_scheduler_v2",
-                hint="recipe.scheduler_options={}",
+                hint=f"{where}.scheduler_options={{}}",
             ) from error
 
     def epoch_done(self, epoch: int, metric: float | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from vkd.config import Config, StudentConfig, fingerprint, run_identity
+from vkd.config import TEACHERS_STUDY, Config, StudentConfig, fingerprint, run_identity
 from vkd.data import Data, Normalization, load_data
 from vkd.divergences import make_divergence
 from vkd.errors import ConfigError
@@ -31,13 +31,10 @@ from vkd.training.measurement import Evaluator
 from vkd.training.optimization import Schedule, make_optimizer
 from vkd.training.precision import Precision
 from vkd.training.session import Record, Session
-from vkd.training.teacher import Teacher, freeze, open_teacher, open_weights, teacher_identity
+from vkd.training.teacher import Teacher, freeze, open_teacher, open_weights, teacher_identity, teacher_normalization
 from vkd.training.trainer import Trainer
 
 logger = logging.getLogger("vkd")
-
-TEACHERS_STUDY = "teachers"
-"""The study that trained teachers are runs of."""
 
 
 @dataclass
@@ -161,11 +158,12 @@ class _Run:
             return Outcome(directory, skipped=True)
         teacher = None if opened is None else self._freeze(opened)
         learner = self._learner(student, teacher)
-        directory.create(config.as_dict())
+        directory.create()
         with directory.held(wait=config.study == TEACHERS_STUDY), directory.logged():
             # Whoever held the directory before may have finished the run.
             if directory.is_done():
                 return Outcome(directory, skipped=True)
+            directory.write_config(config.as_dict())
             try:
                 self._train(directory, learner, teacher, fingerprint(identity), group)
             except BaseException as error:
@@ -177,7 +175,8 @@ class _Run:
         """Raise ConfigError where data or network refuse the recipe, before a teacher is trained for nothing."""
         config, recipe = self.config, self.config.recipe
         self.data.steps_per_epoch(recipe.batch_size, recipe.drop_last)
-        Schedule(recipe, make_optimizer(recipe, student))
+        where = "teacher.recipe" if config.study == TEACHERS_STUDY else "recipe"
+        Schedule(recipe, make_optimizer(recipe, student, where=where), where=where)
         if not config.is_plain and config.teacher.mean is not None:
             Normalization(config.teacher.mean, config.teacher.std, self.data.channels, key="teacher")
 
@@ -214,12 +213,16 @@ class _Run:
         teacher = self.config.teacher
         if teacher.checkpoint is not None or teacher.pretrained:
             model, sha256, source = open_teacher(self.config, self.data)
-            return (model, sha256, source, "unknown"), teacher_identity(teacher, {"sha256": sha256})
+            return (model, sha256, source, "unknown"), self._teacher_identity(model, {"sha256": sha256})
         own = teacher_training_config(self.config)
         trained_by = fingerprint(run_identity(own, data=self.data.identity, teacher=None))
         outcome = _Run(own, self.data, self.device, self.console, self.should_stop).do()
         model, sha256 = open_weights(self.config, self.data, outcome.directory.weights)
-        return (model, sha256, "trained", False), teacher_identity(teacher, {"fingerprint": trained_by})
+        return (model, sha256, "trained", False), self._teacher_identity(model, {"fingerprint": trained_by})
+
+    def _teacher_identity(self, model: torch.nn.Module, weights: dict[str, str]) -> dict[str, Any]:
+        normalization = teacher_normalization(self.config.teacher, model, self.data)
+        return teacher_identity(self.config.teacher.arch, normalization, weights)
 
     def _freeze(self, opened: tuple[Any, ...]) -> Teacher:
         model, sha256, source, saw_val = opened

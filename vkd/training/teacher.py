@@ -168,11 +168,12 @@ def _refuse_chance(teacher: Teacher, targets: Tensor) -> None:
         )
 
 
-def teacher_identity(teacher: TeacherConfig, weights: Mapping[str, Any]) -> dict[str, Any]:
-    """What the student's fingerprint takes of the teacher.
+def teacher_identity(arch: str, normalization: Normalization, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """What the student's fingerprint takes of the teacher: its weights, and how its input really is normalised.
 
     Args:
-        teacher: its config.
+        arch: its architecture.
+        normalization: the one in force (`teacher_normalization`), not the config's, which may leave it open.
         weights: {"sha256": ...} of its weights, or {"fingerprint": ...} of the run that trains it.
     """
-    return {"arch": teacher.arch, "mean": teacher.mean, "std": teacher.std, **weights}
+    return {"arch": arch, "mean": list(normalization.mean), "std": list(normalization.std), **weights}

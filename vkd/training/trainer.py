@@ -135,13 +135,17 @@ class Trainer:
                 for session in self.sessions:
                     session.learner.check_finite()
             if self.should_stop():
+                self._count_time(started, timed_images)
                 self._stop(epoch, step)
+        self._count_time(started, timed_images)
+
+    def _count_time(self, started: float, images: int) -> None:
         self._synchronize()
         seconds = time.perf_counter() - started
         if self._steps_of_this_process <= UNTIMED_STEPS:
-            seconds, timed_images = 0.0, 0
+            seconds, images = 0.0, 0
         for session in self.sessions:
-            session.add_training_time(seconds, timed_images)
+            session.add_training_time(seconds, images)
 
     def _stop(self, epoch: int, step: int) -> None:
         for session in self.sessions:
