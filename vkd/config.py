@@ -135,6 +135,11 @@ class TeacherConfig:
     std: list[float] | None = None
     allow_chance_accuracy: bool = False
 
+    @property
+    def is_given(self) -> bool:
+        """Whether its weights come from a file or from timm; otherwise vkd trains it."""
+        return self.pretrained or self.checkpoint is not None
+
 
 @dataclass
 class StudentConfig:
@@ -527,7 +532,9 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     _require(config.workers >= 0, f"workers = {config.workers} is negative", "a whole number from 0")
     _require(config.evaluation_batch_size >= 1, "evaluation_batch_size is too small", "a whole number from 1")
     _check_recipe(config.recipe, "recipe")
-    recipes = {"recipe": config.recipe} if config.is_plain else {"recipe": config.recipe, **_trained_recipe(config)}
+    recipes = {"recipe": config.recipe}
+    if not config.is_plain and not config.teacher.is_given:
+        recipes["teacher.recipe"] = config.teacher.recipe
     for where, recipe in recipes.items():
         _require(
             config.dataset.val_fraction > 0 or recipe.scheduler != "plateau",
@@ -548,7 +555,7 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
             "both or neither",
         )
         _require(
-            config.teacher.mean is None or bool(config.teacher.checkpoint) or config.teacher.pretrained,
+            config.teacher.mean is None or config.teacher.is_given,
             "teacher.mean and teacher.std belong to weights that are given, and vkd trains this teacher",
             "teacher.checkpoint or teacher.pretrained beside them; a trained teacher has the data set's normalisation",
             "dataset.mean=... dataset.std=..., for both networks",
@@ -569,12 +576,6 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     if not config.is_plain:
         check_arch(config.teacher.arch)
     return config
-
-
-def _trained_recipe(config: Config) -> dict[str, RecipeConfig]:
-    """The recipe that trains the teacher, where one does."""
-    given = config.teacher.checkpoint or config.teacher.pretrained
-    return {} if given else {"teacher.recipe": config.teacher.recipe}
 
 
 def _check_folder_name(key: str, name: str) -> None:

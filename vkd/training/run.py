@@ -106,23 +106,44 @@ def directory_of(config: Config, run_fingerprint: str) -> RunDirectory:
     )
 
 
+@dataclass
+class _OpenedTeacher:
+    """A teacher's network before it is frozen: its weights' sha256, where they come from, whether they saw val."""
+
+    model: torch.nn.Module
+    sha256: str
+    source: str
+    saw_val: bool | str
+
+    def freeze(self, config: Config, data: Data, device: torch.device) -> Teacher:
+        return freeze(
+            self.model, config, data, source=self.source, sha256=self.sha256, saw_val=self.saw_val, device=device
+        )
+
+
+def _open_given(config: Config, data: Data) -> _OpenedTeacher:
+    return _OpenedTeacher(*open_teacher(config, data), saw_val="unknown")
+
+
+def _open_trained(config: Config, data: Data, directory: RunDirectory) -> _OpenedTeacher:
+    return _OpenedTeacher(*open_weights(config, data, directory.weights), source="trained", saw_val=False)
+
+
 def find_teacher(config: Config, data: Data, *, device: torch.device) -> Teacher | None:
     """The teacher of a run that has been done, without training one; None where its weights are no longer there.
 
     Raises ModelError when they are there and unusable.
     """
     teacher = config.teacher
-    if teacher.checkpoint is not None or teacher.pretrained:
+    if teacher.is_given:
         if teacher.checkpoint is not None and not Path(teacher.checkpoint).exists():
             return None
-        model, sha256, source = open_teacher(config, data)
-        return freeze(model, config, data, source=source, sha256=sha256, saw_val="unknown", device=device)
+        return _open_given(config, data).freeze(config, data, device)
     own = teacher_training_config(config)
     directory = directory_of(own, fingerprint(run_identity(own, data=data.identity, teacher=None)))
     if not directory.is_done():
         return None
-    model, sha256 = open_weights(config, data, directory.weights)
-    return freeze(model, config, data, source="trained", sha256=sha256, saw_val=False, device=device)
+    return _open_trained(config, data, directory).freeze(config, data, device)
 
 
 class _Run:
@@ -205,33 +226,28 @@ class _Run:
             compile=config.compile,
         )
 
-    def _find_teacher(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The teacher's (network, sha256, source, saw_val), training it first where nothing else gives it.
+    def _find_teacher(self) -> tuple[_OpenedTeacher, dict[str, Any]]:
+        """The teacher and what identifies it, training it first where nothing else gives it.
 
         A trained teacher is identified by the run that trains it, a given one by its weights.
         """
-        teacher = self.config.teacher
-        if teacher.checkpoint is not None or teacher.pretrained:
-            model, sha256, source = open_teacher(self.config, self.data)
-            return (model, sha256, source, "unknown"), self._teacher_identity(model, {"sha256": sha256})
-        own = teacher_training_config(self.config)
-        trained_by = fingerprint(run_identity(own, data=self.data.identity, teacher=None))
-        outcome = _Run(own, self.data, self.device, self.console, self.should_stop).do()
-        model, sha256 = open_weights(self.config, self.data, outcome.directory.weights)
-        return (model, sha256, "trained", False), self._teacher_identity(model, {"fingerprint": trained_by})
+        config, data = self.config, self.data
+        if config.teacher.is_given:
+            opened = _open_given(config, data)
+            weights = {"sha256": opened.sha256}
+        else:
+            own = teacher_training_config(config)
+            weights = {"fingerprint": fingerprint(run_identity(own, data=data.identity, teacher=None))}
+            outcome = _Run(own, data, self.device, self.console, self.should_stop).do()
+            opened = _open_trained(config, data, outcome.directory)
+        normalization = teacher_normalization(config.teacher, opened.model, data)
+        return opened, teacher_identity(config.teacher.arch, normalization, weights)
 
-    def _teacher_identity(self, model: torch.nn.Module, weights: dict[str, str]) -> dict[str, Any]:
-        normalization = teacher_normalization(self.config.teacher, model, self.data)
-        return teacher_identity(self.config.teacher.arch, normalization, weights)
-
-    def _freeze(self, opened: tuple[Any, ...]) -> Teacher:
-        model, sha256, source, saw_val = opened
-        teacher = freeze(
-            model, self.config, self.data, source=source, sha256=sha256, saw_val=saw_val, device=self.device
-        )
+    def _freeze(self, opened: _OpenedTeacher) -> Teacher:
+        teacher = opened.freeze(self.config, self.data, self.device)
         figures = ", ".join(f"{split} {value:.2f} %" for split, value in teacher.accuracy.items() if value is not None)
-        logger.info("teacher %s (%s): %s", teacher.arch, source, figures)
-        if saw_val == "unknown":
+        logger.info("teacher %s (%s): %s", teacher.arch, teacher.source, figures)
+        if teacher.saw_val == "unknown":
             logger.info("it may have been trained on the images of val, so its val figure may be inflated")
         return teacher
 
