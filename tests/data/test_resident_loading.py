@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from loading import same
+from loading import train_batches as train
 from torchvision.transforms.v2 import functional
 
 import vkd.data.resident
@@ -28,19 +30,6 @@ def load(config, write_packed, tmp_path):
         return load_data(chosen, tmp_path, device=CPU)
 
     return make
-
-
-def train(data, seed=1, epoch=1, batch_size=8, drop_last=False, start_step=0):
-    return list(
-        data.train_batches(seed=seed, epoch=epoch, batch_size=batch_size, drop_last=drop_last, start_step=start_step)
-    )
-
-
-def same(one, other):
-    return len(one) == len(other) and all(
-        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and torch.equal(a.indices, b.indices)
-        for a, b in zip(one, other, strict=True)
-    )
 
 
 def by_index(batches):

@@ -1,10 +1,12 @@
 """Batches that workers read from files: the same whatever their number, and broken files named."""
 
+import functools
 import random
 
 import numpy as np
 import pytest
 import torch
+from loading import same, train_batches
 from PIL import Image
 from torchvision import transforms
 
@@ -30,17 +32,7 @@ def load(config, image_folder, tmp_path):
     return make
 
 
-def train(data, seed=1, epoch=1, batch_size=5, drop_last=False, start_step=0):
-    return list(
-        data.train_batches(seed=seed, epoch=epoch, batch_size=batch_size, drop_last=drop_last, start_step=start_step)
-    )
-
-
-def same(one, other):
-    return len(one) == len(other) and all(
-        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and torch.equal(a.indices, b.indices)
-        for a, b in zip(one, other, strict=True)
-    )
+train = functools.partial(train_batches, batch_size=5)
 
 
 def test_the_number_of_workers_changes_nothing(load):
