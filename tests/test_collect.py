@@ -164,3 +164,12 @@ def test_the_command_runs_as_a_module_without_importing_torch_timm_or_hydra(stud
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_being_asked_to_stop_is_an_exit_code_and_no_traceback(study, monkeypatch, capsys):
+    def interrupted(*_args, **_keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vkd.collect, "read_runs", interrupted)
+    assert vkd.collect.main(["study=quickstart", f"runs_root={study}"]) == 130
+    assert "Traceback" not in capsys.readouterr().err

@@ -13,6 +13,7 @@ from pathlib import Path
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vkd.command import STOPPED
 from vkd.errors import ConfigError, UserError, list_names, nearest
 from vkd.records.atomic import write_bytes_atomically, write_text_atomically
 from vkd.records.grouping import Table, build_table
@@ -37,7 +38,7 @@ A row is a method with a divergence, a column a data set with a teacher and a st
 over seeds (number of seeds) and the differences to the plain student and to KD. Runs that differ in anything but their
 seed are never averaged. A run that failed, was cut off or is damaged is a hole, listed with its reason.
 
-Exit status: 0, also with holes; 2 when there is nothing to collect or the command is wrong.
+Exit status: 0, also with holes; 2 when there is nothing to collect or the command is wrong; 130 when asked to stop.
 """
 HEADLINE = "test/top1"
 
@@ -88,6 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return STOPPED
     print_table(table, Path(config.results_root, config.study))
     return 0
 
