@@ -133,7 +133,7 @@ def test_results_that_cannot_be_written_are_a_message(study, tmp_path, capsys):
 def test_help_is_a_page_and_no_error(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for key in ("study=", "metric=", "runs_root=", "results_root="):
+    for key in ("study=", "metric=", "runs_root=", "results_root=", "published=", "published_rows="):
         assert key in out
 
 
@@ -164,6 +164,79 @@ def test_the_command_runs_as_a_module_without_importing_torch_timm_or_hydra(stud
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def published_study(tmp_path, monkeypatch):
+    """A study of a pair that the literature has figures of, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    pair = {"dataset": "cifar100", "teacher": "cifar_resnet56", "student": "cifar_resnet20"}
+    for seed, top1 in enumerate((70.0, 71.0), 1):
+        content = result(seed=seed, top1=top1, recipe={"epochs": 240}, study="pair", **pair)
+        content["dataset"]["val_fraction"] = 0.0
+        content["teacher"] |= {"source": "checkpoint", "accuracy": {"val": None, "test": 72.34}}
+        write_run(tmp_path / "runs", content)
+    return tmp_path
+
+
+def test_published_figures_stand_beside_ours_without_being_asked_for(published_study, capsys):
+    assert main(["study=pair"]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("| kd "))
+    assert [text.strip() for text in row.split("|")[-3:-1]] == ["70.66", "-0.16"]
+    assert "    python -m vkd.collect study=pair\n" in out
+    (line,) = csv.DictReader(io.StringIO((published_study / "results" / "pair" / "table.csv").read_text()))
+    assert (line["published_top1"], line["published_source"]) == ("70.66", "RepDistiller README")
+    assert main(["study=pair", "published_rows=true"]) == 0
+    assert "| DKD+LSD (published) " in capsys.readouterr().out
+
+
+def test_own_published_figures_can_be_added_and_all_can_be_left_out(published_study, capsys):
+    (published_study / "mine.csv").write_text(
+        "dataset,teacher,student,label,method,divergence,top1,source\n"
+        "cifar100,cifar_resnet56,cifar_resnet20,KD,kd,fkld,71.25,a colleague\n"
+    )
+    assert main(["study=pair", "published=results/published,mine.csv"]) == 0
+    out = capsys.readouterr().out
+    assert "70.66 / 71.25" in out
+    assert "    python -m vkd.collect study=pair published=results/published,mine.csv\n" in out
+    assert main(["study=pair", "published=mine.csv"]) == 0
+    assert "70.66" not in capsys.readouterr().out
+    assert main(["study=pair", "published=none"]) == 0
+    assert "| published" not in capsys.readouterr().out
+    assert "published_top1" not in (published_study / "results" / "pair" / "table.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["published=nowhere.csv"], "there is no nowhere.csv"),
+        (["published=wrong.csv"], "wrong.csv, line 2: top1 = 'seventy'"),
+        (["published_rows=maybe"], "published_rows=maybe is no switch"),
+        (["publishd=none"], "try: published=none"),
+    ],
+)
+def test_wrong_words_for_published_figures_are_a_message_and_leave_nothing(published_study, words, message, capsys):
+    (published_study / "wrong.csv").write_text("dataset,student,label,method,top1,source\nd,s,x,none,seventy,x\n")
+    assert main(["study=pair", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (published_study / "results").exists()
+
+
+def test_a_study_cannot_write_its_tables_among_the_published_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs", result(study="published"))
+    assert main(["study=published"]) == 2
+    assert "would lie among the published figures" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+    assert main(["study=published", "results_root=elsewhere"]) == 0
+
+
+def test_the_committed_quickstart_has_no_published_counterpart_and_no_column_of_one():
+    folder = Path(vkd.__file__).parents[1] / "results" / "quickstart"
+    assert "published" not in (folder / "table.md").read_text() + (folder / "table.csv").read_text()
 
 
 def test_being_asked_to_stop_is_an_exit_code_and_no_traceback(study, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 """Collect the runs of a study into tables and plots: `python -m vkd.collect study=quickstart`.
 
-Reads run directories and nothing else; torch is not imported, so this works on any machine that has the files.
+Reads run directories and published figures; torch is not imported, so this works wherever the files are.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from vkd.command import STOPPED
 from vkd.errors import ConfigError, UserError, list_names, nearest
-from vkd.records.atomic import write_bytes_atomically, write_text_atomically
 from vkd.records.grouping import Table, build_table
+from vkd.records.published import DEFAULT, read_classification
 from vkd.records.reading import Run, read_runs
-from vkd.records.tables import to_csv, to_markdown
+from vkd.records.results import write_results
 from vkd.records.terminal import print_table
 
 HELP = """\
@@ -31,12 +31,18 @@ Keys
     metric=test/top1        any name in the runs' metrics: val/top1, test/ece, test/top1_at_best_val, ...
     runs_root=runs          where the runs are
     results_root=results    where the results go
+    published=none          no figures of others; published=results/published,mine.csv: the default, and your own
+    published_rows=false    true: a row as well for each published method without runs here
 
 Writes to results_root/study: table.md, table.csv, accuracy.png, accuracy.svg; prints the table.
 
 A row is a method with a divergence, a column a data set with a teacher and a student, a cell mean ± standard deviation
 over seeds (number of seeds) and the differences to the plain student and to KD. Runs that differ in anything but their
 seed are never averaged. A run that failed, was cut off or is damaged is a hole, listed with its reason.
+
+For test/top1, what others report for a data set, a teacher, a student and a method stands beside ours, with ours minus
+theirs; `§` marks what does not compare, since the epochs or the teacher are not theirs or dataset.val_fraction is
+not 0, and the notes say why. The format of such files: results/published/README.md.
 
 Exit status: 0, also with holes; 2 when there is nothing to collect or the command is wrong; 130 when asked to stop.
 """
@@ -51,6 +57,8 @@ class CollectConfig:
     metric: str = HEADLINE
     runs_root: str = "runs"
     results_root: str = "results"
+    published: str = DEFAULT
+    published_rows: bool = False
 
 
 def parse(words: list[str]) -> CollectConfig:
@@ -68,6 +76,8 @@ def parse(words: list[str]) -> CollectConfig:
         given[name] = value
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CollectConfig), given))
+    except ValidationError:
+        raise ConfigError(f"published_rows={given['published_rows']} is no switch", expected="true or false") from None
     except OmegaConfBaseException:
         shown = _list_studies(given.get("runs_root", "runs"))
         raise ConfigError("which study?", expected="study=NAME", hint=shown) from None
@@ -104,9 +114,17 @@ def collect(config: CollectConfig) -> Table:
         raise UserError(f"nothing to collect: {what} {folder}", hint=_list_studies(config.runs_root))
     _check_metric(config.metric, runs)
     words = [f"study={config.study}"] + [f"metric={config.metric}"] * (config.metric != HEADLINE)
-    command = shlex.join(["python", "-m", "vkd.collect", *words])
-    table = build_table(runs, study=config.study, metric=config.metric, command=command)
-    _write(table, Path(config.results_root, config.study))
+    words += [f"published={config.published}"] * (config.published != DEFAULT)
+    words += ["published_rows=true"] * config.published_rows
+    table = build_table(
+        runs,
+        study=config.study,
+        metric=config.metric,
+        command=shlex.join(["python", "-m", "vkd.collect", *words]),
+        published=read_classification(config.published),
+        published_rows=config.published_rows,
+    )
+    write_results(table, Path(config.results_root, config.study))
     return table
 
 
@@ -126,21 +144,6 @@ def _check_metric(metric: str, runs: list[Run]) -> None:
         near = nearest(metric, known)
         hint = " or ".join(f"metric={name}" for name in near)
         raise ConfigError(f"no run has the metric {metric!r}", expected=list_names(known, most=40), hint=hint)
-
-
-def _write(table: Table, folder: Path) -> None:
-    """Write the four files of a study's results, each whole or not at all."""
-    from vkd.records.plots import draw, to_png, to_svg
-
-    figure = draw(table)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / "table.md", to_markdown(table))
-        write_text_atomically(folder / "table.csv", to_csv(table))
-        write_bytes_atomically(folder / "accuracy.png", to_png(figure))
-        write_bytes_atomically(folder / "accuracy.svg", to_svg(figure))
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}", hint="results_root=FOLDER") from None
 
 
 if __name__ == "__main__":

@@ -9,16 +9,20 @@ The rules, in one place:
 - Plain training has no teacher, so it stands in every column of its data set and student.
 - A difference is stated between groups of the same data, recipe and precision (and teacher, for the one to KD) only.
 - The mark of the best row looks at the validation set.
+- A published figure stands beside the rows of its method, divergence, alpha and beta whose settings do not contradict
+  the published ones, and our difference to it is stated where epochs, validation images and teacher let the two be
+  compared. It is of test top-1, so no other metric has one beside it.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vkd.records.published import TEACHER, ClassificationFigure
 from vkd.records.reading import Run, clean
 from vkd.records.statistics import Difference, Summary, compare, summarise
 
@@ -27,6 +31,8 @@ SELECTION = "val/top1"
 _HASH = re.compile(r"[0-9a-f]{40,64}")
 _FREE = ("method.", "divergence.", "cross_entropy_weight")  # what may differ between a row and its baseline
 _IN_KEY = frozenset({"divergence.name", "divergence.alpha", "divergence.beta"})
+PUBLISHED_METRIC = "test/top1"
+TEACHER_TOLERANCE = 1.0  # points of accuracy between two teachers beyond which their students do not compare
 _FIRST_METHODS = {"none": 0, "kd": 1}
 _FIRST_DIVERGENCES = {"": -1, "fkld": 0, "rkld": 1}
 
@@ -109,6 +115,26 @@ class Hole:
     path: str = ""
 
 
+@dataclass(frozen=True)
+class Published:
+    """What others report for a cell or for a teacher.
+
+    top1: percent; figures: where it is stated, more than once where sources agree.
+    difference: ours minus theirs; None where there is none of ours, or where the two are not comparable.
+    reasons: why they are not; empty where they are.
+    """
+
+    top1: float
+    figures: tuple[ClassificationFigure, ...]
+    difference: float | None
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where it is printed."""
+        return tuple(dict.fromkeys(figure.source for figure in self.figures))
+
+
 @dataclass
 class Cell:
     """One group in one column.
@@ -116,6 +142,7 @@ class Cell:
     values: the metric by seed; `summary` their mean, None where there are none.
     to_plain, to_kd: difference to the baseline, None where there is none; `remarks` say why.
     best: whether this is the best mean val/top1 of the column; mixed: whether the runs' environments differ.
+    published: what others report for it; other_settings: their figures of the same method with settings not ours.
     """
 
     group: Group | None = None
@@ -128,6 +155,8 @@ class Cell:
     remarks: list[str] = field(default_factory=list)
     best: bool = False
     mixed: bool = False
+    published: list[Published] = field(default_factory=list)
+    other_settings: list[ClassificationFigure] = field(default_factory=list)
 
     @property
     def expected(self) -> int:
@@ -151,10 +180,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Accuracy of a column's teacher, with a spread where there are several; `unknown`: it may have seen val."""
+    """Accuracy of a column's teacher, with a spread where there are several; `unknown`: it may have seen val.
+
+    published: what others report for the teacher of that name.
+    """
 
     summary: Summary
     unknown: bool
+    published: tuple[Published, ...] = ()
+
+
+@dataclass
+class PublishedRow:
+    """A row of figures of others, by the name that they give the method, for each column; nothing of ours is in it."""
+
+    label: str
+    cells: list[list[Published]]
 
 
 @dataclass
@@ -162,6 +203,7 @@ class Table:
     """What a table says, before it has a form.
 
     unplaced: runs that belong to no cell, with their reasons; remarks: what else a reader must know.
+    published_rows: what others report for these columns and no row has beside it, where that was asked for.
     """
 
     study: str
@@ -172,10 +214,31 @@ class Table:
     teachers: list[Teacher | None]
     unplaced: list[Hole]
     remarks: list[str]
+    published_rows: list[PublishedRow] = field(default_factory=list)
+
+    def has_published(self, index: int) -> bool:
+        """Whether anything published stands in the column at `index`."""
+        return any(row.cells[index].published for row in self.rows) or any(
+            row.cells[index] for row in self.published_rows
+        )
 
 
-def build_table(runs: Iterable[Run], *, study: str, metric: str, command: str) -> Table:
-    """The table of `metric` over `runs`; `command` is what made it."""
+def build_table(
+    runs: Iterable[Run],
+    *,
+    study: str,
+    metric: str,
+    command: str,
+    published: Iterable[ClassificationFigure] = (),
+    published_rows: bool = False,
+) -> Table:
+    """The table of `metric` over `runs`; `command` is what made it.
+
+    Args:
+        published: figures of others, to stand beside ours.
+        published_rows: whether those of them that belong beside no row become rows of their own.
+    """
+    figures = list(published) if metric == PUBLISHED_METRIC else []
     groups, unplaced, remarks = _group(sorted(runs, key=lambda run: run.path))
     columns = _columns(groups)
     members = {column: [group for group in groups if _belongs(group, column)] for column in columns}
@@ -186,11 +249,17 @@ def build_table(runs: Iterable[Run], *, study: str, metric: str, command: str) -
         _find_missing(cells)
         _compare([(row.key, row.cells[index]) for row in rows])
         remarks += _mark_best(column, cells)
+        _set_beside(column, [(row.key, row.cells[index]) for row in rows], figures)
     teachers = [_teacher(members[column], teacher_split(metric)) for column in columns]
+    teachers = [
+        teacher and replace(teacher, published=_published_teacher(teacher, column, figures))
+        for column, teacher in zip(columns, teachers, strict=True)
+    ]
     for column, teacher in zip(columns, teachers, strict=True):
         if teacher is not None and teacher.summary.n > 1:
             remarks.append(f"the teacher's line of {column.title} is a mean of {teacher.summary.n} teachers")
-    return Table(study, metric, command, columns, rows, teachers, unplaced, list(dict.fromkeys(remarks)))
+    others = _published_rows(columns, rows, figures) if published_rows else []
+    return Table(study, metric, command, columns, rows, teachers, unplaced, list(dict.fromkeys(remarks)), others)
 
 
 def teacher_split(metric: str) -> str:
@@ -447,3 +516,86 @@ def _teacher(groups: list[Group], split: str) -> Teacher | None:
             accuracies.setdefault(str(run.teacher_fact("sha256") or accuracy), accuracy)
             unknown = unknown or run.teacher_fact("saw_val") is not False
     return Teacher(summarise(accuracies.values()), unknown) if accuracies else None
+
+
+def _concerns(figure: ClassificationFigure, column: Column) -> bool:
+    """Whether a figure is of a column; that of a student without a teacher is of every column of the student."""
+    if figure.method == "none":
+        return (figure.dataset, figure.student) == (column.dataset, column.student)
+    return (figure.dataset, figure.teacher, figure.student) == (column.dataset, column.teacher, column.student)
+
+
+def _set_beside(column: Column, filled: list[tuple[Key, Cell]], figures: list[ClassificationFigure]) -> None:
+    """Put into the cells of a column what others report for their method, divergence, alpha, beta and settings."""
+    figures = [figure for figure in figures if _concerns(figure, column)]
+    teachers = [figure.top1 for figure in figures if figure.method == TEACHER]
+    for key, cell in filled:
+        if cell.group is None:
+            continue
+        fitting = []
+        for figure in figures:
+            if Key(figure.method, figure.divergence, figure.alpha, figure.beta) == key:
+                fits = _agree(dict(figure.settings), cell.group.parameters)
+                (fitting if fits else cell.other_settings).append(figure)
+        ours = cell.summary and cell.summary.mean
+        cell.published = _merge(fitting, ours, lambda figure, cell=cell: _hindrances(cell.group, figure, teachers))
+
+
+def _merge(
+    figures: list[ClassificationFigure],
+    ours: float | None,
+    hindrances: Callable[[ClassificationFigure], tuple[str, ...]] = lambda _: (),
+) -> list[Published]:
+    """The figures in their order, those with the same number and the same hindrances to a comparison as one."""
+    merged: dict[tuple, list[ClassificationFigure]] = defaultdict(list)
+    for figure in figures:
+        merged[figure.top1, hindrances(figure)].append(figure)
+    return [
+        Published(top1, tuple(same), None if reasons or ours is None else ours - top1, reasons)
+        for (top1, reasons), same in merged.items()
+    ]
+
+
+def _hindrances(group: Group, figure: ClassificationFigure, teachers: list[float]) -> tuple[str, ...]:
+    """Why a group's accuracy and a published one do not compare; what either side does not say is no reason.
+
+    Args:
+        teachers: the published accuracies of the column's teacher.
+    """
+    reasons = []
+    epochs, val_fraction = (group.parameters.get(name) for name in ("recipe.epochs", "dataset.val_fraction"))
+    if None not in (epochs, figure.epochs) and epochs != figure.epochs:
+        reasons.append(f"recipe.epochs {show(epochs)} here, {figure.epochs} there")
+    if val_fraction:
+        reasons.append(
+            f"dataset.val_fraction {show(val_fraction)} here, and published students learn from all of train"
+        )
+    runs = group.runs.values()
+    if any(run.teacher_fact("source") == "trained" for run in runs):
+        reasons.append("the teacher here is one that vkd trained, not the published one")
+    own = summarise(accuracy for run in runs if (accuracy := run.teacher_accuracy("test")) is not None)
+    if own and teachers:
+        theirs = min(teachers, key=lambda accuracy: abs(accuracy - own.mean))
+        if abs(own.mean - theirs) > TEACHER_TOLERANCE:
+            reasons.append(f"the teacher has {own.mean:.2f} here, {theirs:.2f} there")
+    return tuple(reasons)
+
+
+def _published_teacher(teacher: Teacher, column: Column, figures: list[ClassificationFigure]) -> tuple[Published, ...]:
+    """What others report for a column's teacher, with our teacher's difference to it."""
+    found = [figure for figure in figures if figure.method == TEACHER and _concerns(figure, column)]
+    return tuple(_merge(found, teacher.summary.mean))
+
+
+def _published_rows(columns: list[Column], rows: list[Row], figures: list[ClassificationFigure]) -> list[PublishedRow]:
+    """The published figures of the columns that stand beside no row, a row for each name that others give a method."""
+    found: dict[str, list[list[ClassificationFigure]]] = {}
+    for index, column in enumerate(columns):
+        placed = {figure for row in rows for other in row.cells[index].published for figure in other.figures}
+        for figure in figures:
+            if _concerns(figure, column) and figure.method != TEACHER and figure not in placed:
+                found.setdefault(figure.label, [[] for _ in columns])[index].append(figure)
+    order = list(dict.fromkeys(figure.label for figure in figures))
+    return [
+        PublishedRow(label, [_merge(cell, None) for cell in found[label]]) for label in sorted(found, key=order.index)
+    ]

@@ -10,9 +10,11 @@ import csv
 import io
 import re
 from collections import defaultdict
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from vkd.records.grouping import SELECTION, Cell, Column, Hole, Row, Table, show, teacher_split
+from vkd.records.grouping import SELECTION, Cell, Column, Hole, Published, Row, Table, show, teacher_split
+from vkd.records.published import BEST_ON_TEST, UNKNOWN
 from vkd.records.reading import clean
 from vkd.records.statistics import Difference, Summary, summarise
 
@@ -33,6 +35,7 @@ _CSV_COLUMNS = (
     "difference_to_plain_std difference_to_plain_pairs difference_to_kd difference_to_kd_std difference_to_kd_pairs "
     "val_top1 best_by_val teacher_test group seeds holes"
 )
+_PUBLISHED_CSV_COLUMNS = "published_top1 published_source difference_to_published not_comparable published_also"
 _VERSIONS = ("torch", "timm", "python", "device", "vkd", "git")
 
 
@@ -51,29 +54,48 @@ def grid(table: Table) -> tuple[list[str], list[list[str]]]:
     """Header and body of the table as text, the teacher's accuracy in the first line of the body.
 
     Method, divergence, alpha, beta, the variant where a row has one; then for every column of the table the metric and
-    the differences to the plain student and to KD.
+    the differences to the plain student and to KD, and where others report something, that and the difference to it.
     """
     variants = any(row.variant for row in table.rows)
     header = ["method", "divergence", "alpha", "beta"] + ["variant"] * variants
     width = len(header)
-    for column in table.columns:
-        header += [column.title, "to plain", "to KD"]
+    shown = [table.has_published(index) for index in range(len(table.columns))]
+    for column, has_published in zip(table.columns, shown, strict=True):
+        header += [column.title, "to plain", "to KD"] + ["published", "to published"] * has_published
     body = []
     if any(table.teachers):
         line = [f"teacher ({teacher_split(table.metric)})"] + [""] * (width - 1)
-        for teacher in table.teachers:
+        for teacher, has_published in zip(table.teachers, shown, strict=True):
             flag = " (saw val: unknown)" if teacher and teacher.unknown else ""
             line += [_spread(teacher.summary, 2) + flag if teacher else "-", "", ""]
+            line += _beside(teacher.published if teacher else (), 2) * has_published
         body.append(line)
     for row in table.rows:
         key = row.key
         plain = key.method == "none"
         line = ["plain student" if plain else key.method, key.divergence or "-", _point(key.alpha), _point(key.beta)]
         line += [row.variant] * variants
-        for cell in row.cells:
+        for cell, has_published in zip(row.cells, shown, strict=True):
             line += _cell(cell, decimals(table.metric))
+            line += _beside(cell.published, decimals(table.metric)) * has_published
+        body.append(line)
+    for other in table.published_rows:
+        line = [f"{other.label} (published)"] + [""] * (width - 1)
+        for published, has_published in zip(other.cells, shown, strict=True):
+            line += ["", "", ""]
+            line += [_beside(published, decimals(table.metric))[0], ""] * has_published
         body.append(line)
     return header, body
+
+
+def spans(table: Table) -> list[range]:
+    """For each column of the table, the places in `grid`'s lines that belong to it."""
+    start = 4 + any(row.variant for row in table.rows)
+    found = []
+    for index in range(len(table.columns)):
+        found.append(range(start, start + (5 if table.has_published(index) else 3)))
+        start = found[-1].stop
+    return found
 
 
 def notes(table: Table) -> list[str]:
@@ -88,7 +110,7 @@ def notes(table: Table) -> list[str]:
         found.append(f"`*` has the best mean {SELECTION} of its column. Nothing is selected on test.")
     if any(teacher and teacher.unknown for teacher in table.teachers):
         found.append("saw val unknown: the teacher may have been trained on the validation images; see the protocol.")
-    found += _about_protocol(table) + _about_rows(table) + _about_machines(table)
+    found += _about_published(table) + _about_protocol(table) + _about_rows(table) + _about_machines(table)
     return found + [f"{remark[:1].upper()}{remark[1:]}." for remark in table.remarks]
 
 
@@ -143,12 +165,15 @@ def to_markdown(table: Table) -> str:
 def to_csv(table: Table) -> str:
     """The table as CSV: a line for every row and column that has a run, numbers in full precision."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, _CSV_COLUMNS.split(), lineterminator="\n")
+    has_published = any(map(table.has_published, range(len(table.columns))))
+    names = f"{_CSV_COLUMNS} {_PUBLISHED_CSV_COLUMNS}" if has_published else _CSV_COLUMNS
+    writer = csv.DictWriter(file, names.split(), lineterminator="\n")
     writer.writeheader()
     for row in table.rows:
         for column, cell in zip(table.columns, row.cells, strict=True):
             if cell.group is not None:
-                writer.writerow({name: _number(value) for name, value in _csv_line(table, column, row, cell).items()})
+                line = _csv_line(table, column, row, cell) | (_published_csv_line(cell) if has_published else {})
+                writer.writerow({name: _number(value) for name, value in line.items()})
     return file.getvalue()
 
 
@@ -180,6 +205,13 @@ def _signed(difference: Difference | None, digits: int) -> str:
         return "-"
     std = "" if difference.std is None else f" ± {difference.std:.{digits}f}"
     return f"{difference.mean:+.{digits}f}{std}{'' if difference.paired else '†'}"
+
+
+def _beside(published: Sequence[Published], digits: int) -> list[str]:
+    """The texts beside a cell: what others report and the difference to it, in the same order; empty for nothing."""
+    figures = (f"{other.top1:.{digits}f}{'§' * bool(other.reasons)}" for other in published)
+    differences = ("-" if other.difference is None else f"{other.difference:+.{digits}f}" for other in published)
+    return [" / ".join(figures), " / ".join(differences)]
 
 
 def _about_metric(metric: str) -> list[str]:
@@ -220,6 +252,134 @@ def _about_differences(table: Table) -> list[str]:
         for remark in cell.remarks:
             reasons[remark].append(f"{row.label} ({column.title})")
     return found + [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
+
+
+class _Beside(NamedTuple):
+    """A published figure where it stands: the row and column in words, the column, our cell."""
+
+    where: str
+    column: Column
+    cell: Cell
+    other: Published
+
+
+def _about_published(table: Table) -> list[str]:
+    """Where the published figures come from, what they belong to, and where they do not compare with ours."""
+    beside = [
+        _Beside(f"{row.label} ({column.title})", column, cell, other)
+        for row in table.rows
+        for column, cell in zip(table.columns, row.cells, strict=True)
+        for other in cell.published
+    ]
+    compared = [figure for place in beside for figure in place.other.figures]
+    alone = [figure for row in table.published_rows for cell in row.cells for other in cell for figure in other.figures]
+    figures = compared + alone
+    found = []
+    if figures:
+        found.append(
+            f"published: top-1 (%) that others report ({_list(figure.source for figure in figures)}), empty where none "
+            "is known; to published: the mean here minus theirs. Epochs, validation images and teacher are compared, "
+            "nothing else of the recipes."
+        )
+    if alone:
+        lengths: dict[str, dict[str, None]] = defaultdict(dict)
+        for figure in alone:
+            lengths[f"{figure.epochs} epochs" if figure.epochs else "epochs not known"][figure.label] = None
+        words = (
+            next(iter(lengths)) if len(lengths) == 1 else "; ".join(f"{n}: {', '.join(lengths[n])}" for n in lengths)
+        )
+        found.append(f"(published): a row of others without runs here, by the name in its source ({words}).")
+    for epoch, words in (
+        (BEST_ON_TEST, "are of the best epoch on test, those here of the last epoch, which favours theirs"),
+        (UNKNOWN, "are of an epoch that is not known, best or last"),
+    ):
+        sources = _list(figure.source for figure in figures if figure.epoch_reported == epoch)
+        found += [f"Published figures of {sources} {words}."] if sources else []
+    return [
+        *found,
+        *_about_comparison(table, beside),
+        *_about_recipes(table, beside),
+        *_about_settings(table, beside),
+    ]
+
+
+def _about_comparison(table: Table, beside: list[_Beside]) -> list[str]:
+    """Why figures are not comparable, and which sources contradict each other."""
+    found = []
+    for reason in dict.fromkeys(reason for place in beside for reason in place.other.reasons):
+        named: dict[str, None] = {}
+        for column in table.columns:
+            all_here = [place for place in beside if place.column == column]
+            here = [place.where for place in all_here if reason in place.other.reasons]
+            named |= dict.fromkeys([f"every figure of {column.title}"] if here and len(here) == len(all_here) else here)
+        found.append(f"`§` not comparable: {reason}: {', '.join(named)}.")
+    sources: dict[str, dict[float, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for place in beside:
+        sources[place.where][place.other.top1] += place.other.sources
+    for where, figures in sources.items():
+        if len(figures) > 1:
+            words = (f"{top1:.{decimals(table.metric)}f} ({_list(names)})" for top1, names in figures.items())
+            found.append(f"Sources differ on {where}: {', '.join(words)}.")
+    return found
+
+
+def _about_recipes(table: Table, beside: list[_Beside]) -> list[str]:
+    """What is not known of the published recipes, and where they treat the last batch otherwise."""
+    pairs = [(place, figure) for place in beside for figure in place.other.figures]
+    unsaid = _list(figure.label for _, figure in pairs if figure.epochs is None)
+    found = [f"The epochs behind the published {unsaid} are not known."] if unsaid else []
+    teachers = dict(zip(table.columns, table.teachers, strict=True))
+    unmeasured = _list(
+        place.column.title
+        for place, figure in pairs
+        if figure.method != "none" and (teacher := teachers[place.column]) and not teacher.published
+    )
+    found += [f"The accuracy of the published teacher is not known: {unmeasured}."] if unmeasured else []
+    batches: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for place, figure in pairs:
+        ours, theirs = place.cell.group.parameters.get("recipe.drop_last"), str(figure.drop_last).lower()
+        if figure.drop_last is not None and ours not in (None, theirs):
+            batches[ours, theirs].append(figure.source)
+    return found + [
+        f"recipe.drop_last is {ours} here and {theirs} behind figures of {_list(sources)}."
+        for (ours, theirs), sources in batches.items()
+    ]
+
+
+def _about_settings(table: Table, beside: list[_Beside]) -> list[str]:
+    """Which settings of the methods were compared, and the rows that have no figure because theirs are others."""
+    compared: dict[str, list[str]] = defaultdict(list)
+    unknown, unrecorded = [], []
+    for place in beside:
+        for figure in place.other.figures:
+            names = [name for name, _ in figure.settings]
+            recorded = [name for name in names if name in place.cell.group.parameters]
+            unrecorded += [name for name in names if name not in recorded]
+            if recorded:
+                compared[", ".join(recorded)].append(figure.label)
+            elif not names and figure.method != "none":
+                unknown.append(figure.label)
+    shown = "; ".join(f"{_list(labels)}: {names}" for names, labels in compared.items())
+    found = [f"Settings in which rows and published figures were compared: {shown}."] if shown else []
+    if unknown:
+        found.append(f"The settings behind the published {_list(unknown)} are not known and not compared.")
+    if unrecorded:
+        found.append(f"Published settings that runs here do not record and that are not compared: {_list(unrecorded)}.")
+    apart: dict[str, list[str]] = defaultdict(list)
+    for row in table.rows:
+        for column, cell in zip(table.columns, row.cells, strict=True):
+            for figure in cell.other_settings:
+                ours = cell.group.parameters
+                words = ", ".join(
+                    f"{name} {show(theirs)}" for name, theirs in figure.settings if ours.get(name, theirs) != theirs
+                )
+                apart[f"{figure.label} is published with {words}"].append(f"{row.label} ({column.title})")
+    return found + [f"No published figure beside {', '.join(rows)}: {words}." for words, rows in apart.items()]
+
+
+def _list(names: Iterable[str]) -> str:
+    """The names, each once, in alphabetical order."""
+    return ", ".join(sorted(set(names)))
 
 
 def _about_protocol(table: Table) -> list[str]:
@@ -320,6 +480,20 @@ def _csv_line(table: Table, column: Column, row: Row, cell: Cell) -> dict[str, A
         line[f"difference_to_{name}_std"] = difference and difference.std
         line[f"difference_to_{name}_pairs"] = difference and difference.n
     return line
+
+
+def _published_csv_line(cell: Cell) -> dict[str, Any]:
+    """What a line of the CSV says of published figures: all of the first one, the others in words."""
+    if not cell.published:
+        return {}
+    first, *others = cell.published
+    return {
+        "published_top1": first.top1,
+        "published_source": "; ".join(first.sources),
+        "difference_to_published": first.difference,
+        "not_comparable": "; ".join(first.reasons),
+        "published_also": "; ".join(f"{other.top1!r} ({', '.join(other.sources)})" for other in others),
+    }
 
 
 def _number(value: Any) -> Any:
