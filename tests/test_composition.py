@@ -211,3 +211,23 @@ def test_the_default_config_is_valid_and_typed():
     assert (config.dataset.name, config.seed, config.tracker.name) == ("digits", 1, "offline")
     assert config.method == {"kd": {"weight": 0.9, "temperature_squared": True}}
     assert (config.divergence, config.cross_entropy_weight) == ({"name": "fkld", "temperature": 4.0}, 0.1)
+
+
+def test_a_method_beside_an_experiment_that_sets_another_is_refused_unless_it_is_the_sum():
+    with pytest.raises(ConfigError, match=r"the experiment sets method\.dkd") as caught:
+        compose_config(["+experiment=cifar100/dkd", "method=at"])
+    assert "method=[dkd,at]" in str(caught.value)
+    assert set(compose_config(["+experiment=cifar100/dkd", "method=[dkd,at]"]).method) == {"dkd", "at"}
+    assert set(compose_config(["+experiment=cifar100/dkd", "method=dkd"]).method) == {"dkd"}
+
+
+def test_a_misspelt_experiment_of_a_folder_is_answered_with_the_nearest_of_it():
+    with pytest.raises(ConfigError, match="there is no experiment 'cifar100/kdd'") as caught:
+        compose_config(["+experiment=cifar100/kdd"])
+    assert "+experiment=cifar100/kd " in str(caught.value)
+
+
+def test_a_glob_sweeps_over_the_choices_of_a_group():
+    divergences = len(group_choices()["divergence"])
+    assert compose_jobs(["-m"], ["divergence=glob(*)"]) == divergences
+    assert compose_jobs(["-m"], ["+experiment/cifar100=glob(ab*)"]) == 4

@@ -26,6 +26,7 @@ from vkd.config import (
 )
 from vkd.data import Normalization
 from vkd.errors import ConfigError
+from vkd.methods import METHODS
 from vkd.training.run import teacher_training_config
 from vkd.training.teacher import teacher_identity
 
@@ -248,6 +249,7 @@ def reference():
         "tracker=wandb tracker.project=p tracker.entity=e tracker.tags=[t]",
         "workers=7 evaluation_batch_size=9 compile=true channels_last=true keep_checkpoint=false",
         "teacher.allow_chance_accuracy=true",
+        "dataset.view_augmentation.flip={}",
         "seed=1 divergence.temperature=4 recipe.learning_rate=5e-2 method.kd.weight=0.90",
         "recipe=quick dataset=digits divergence=fkld method=[kd]",
     ],
@@ -322,6 +324,45 @@ def test_every_key_is_known_to_the_one_who_explains_keys():
         assert f"there is no key {key}x" in str(misspelt)
         assert f"{key}=..." in misspelt.hint
     assert OPEN_KEYS[0] == "divergence"
+
+
+@pytest.fixture
+def two_views(monkeypatch):
+    """Knowledge distillation as a method that wants two views of each image."""
+    monkeypatch.setattr(METHODS["kd"], "views", 2)
+
+
+def test_the_augmentation_of_further_views_is_not_in_the_fingerprint_where_no_method_wants_them():
+    for words in (["dataset=cifar100"], ["dataset=cifar100", "method=none"]):
+        config = parse(compose_config(words))
+        assert config.dataset.view_augmentation
+        known = run_identity(config, data="x", teacher=None)
+        config.dataset.view_augmentation = {}
+        assert run_identity(config, data="x", teacher=None) == known
+        assert "view_augmentation" not in known["dataset"]
+
+
+def test_it_is_in_the_fingerprint_with_its_order_where_a_method_wants_them(two_views):
+    crop, flip = ("crop", {"padding": 4}), ("flip", {})
+    config = parse(compose_config(["dataset=cifar100"]))
+    identities = []
+    for augmentation in (dict([crop, flip]), dict([flip, crop]), dict([crop, flip]), dict([crop])):
+        config.dataset.view_augmentation = augmentation
+        identities.append(fingerprint(run_identity(config, data="x", teacher=None)))
+    assert identities[0] == identities[2]
+    assert len(set(identities)) == 3
+    plain = teacher_training_config(config)
+    assert "view_augmentation" not in run_identity(plain, data="x", teacher=None)["dataset"]
+
+
+@pytest.mark.parametrize("empty", [{}, {"flip": None}, {"flip": False, "crop": None}])
+def test_a_method_of_several_views_needs_an_augmentation_that_makes_them(changed, two_views, empty):
+    with pytest.raises(ConfigError, match=r"method=kd learns from 2 views .* dataset\.view_augmentation") as caught:
+        parse(changed(dataset__view_augmentation=empty))
+    assert parse(changed(dataset__view_augmentation={"flip": {}})).dataset.view_augmentation == {"flip": {}}
+    hinted = parse(compose_config([caught.value.hint])).dataset.view_augmentation
+    assert hinted["auto_augment"] == {"policy": "cifar10"}
+    assert parse(changed(dataset__view_augmentation=empty, method={})).is_plain
 
 
 def test_the_order_of_augmentations_decides_the_pixels_and_so_the_fingerprint():

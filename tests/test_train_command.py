@@ -407,7 +407,7 @@ def test_help_lists_every_group_and_choice_and_five_examples_and_writes_nothing(
     for folder in config_directory().iterdir():
         if folder.is_dir():
             (listed,) = re.findall(rf"^  {folder.name}: .*\n((?:      .*\n)+)", page, re.MULTILINE)
-            choices = {path.stem for path in folder.glob("*.yaml")}
+            choices = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
             assert {choice.strip() for choice in listed.replace("\n", " ").split(",")} == choices
     examples = re.findall(r"^      python -m vkd\.train", page.split("EXAMPLES")[1], re.MULTILINE)
     assert len(examples) >= 5

@@ -104,7 +104,7 @@ WORDS = {
     "misspelt group": ("datset=digits", "there is no key datset", "try: dataset=..."),
     "data set": ("dataset=digit", "there is no dataset 'digit'", "cifar100", "try: dataset=digits"),
     "divergence": ("divergence=fkl", "there is no divergence 'fkl'", "try: divergence=fkld"),
-    "method": ("method=kdd", "there is no method 'kdd'", "expected: kd, none", "try: method=kd"),
+    "method": ("method=kdd", "there is no method 'kdd'", "expected: at, cc, ", "try: method=kd"),
     "plain training and a method": ("method=[none,kd]", "adds plain training to a method", "method=none alone"),
     "recipe": ("recipe=quik", "there is no recipe 'quik'", "try: recipe=quick"),
     "recipe of the teacher": ("recipe@teacher.recipe=quik", "there is no recipe", "try: recipe@teacher.recipe=quick"),
@@ -114,7 +114,7 @@ WORDS = {
     "experiment": ("+experiment=quickstar", "there is no experiment 'quickstar'", "try: +experiment=quickstart"),
     "experiment without a plus": ("experiment=quickstart", "experiment", "plus", "try: +experiment=..."),
     "launcher": ("hydra/launcher=basik", "there is no hydra/launcher 'basik'", "try: hydra/launcher=basic"),
-    "group set to null": ("method=null", "method=null names no choice", "expected: kd, none", "method=none"),
+    "group set to null": ("method=null", "method=null names no choice", "expected: at, cc, ", "method=none"),
     "group left out": ("~recipe", "~recipe names no choice", "quick"),
     # Keys.
     "key of the recipe": ("recipe.epoch=1", "there is no key recipe.epoch", "try: recipe.epochs=..."),

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import (
@@ -53,12 +54,13 @@ def register_schema() -> None:
 
 
 def group_choices() -> dict[str, list[str]]:
-    """The choices of every config group, from the files in `conf/`."""
+    """The choices of every config group, from the files in `conf/`; those in a folder of the group carry its name."""
     folder = config_directory()
     groups: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*.yaml")):
         if path.parent != folder:
-            groups.setdefault(path.parent.relative_to(folder).as_posix(), []).append(path.stem)
+            group, _, choice = path.relative_to(folder).with_suffix("").as_posix().partition("/")
+            groups.setdefault(group, []).append(choice)
     return groups
 
 
@@ -71,10 +73,19 @@ def compose_config(overrides: Sequence[str], *, with_hydra: bool = False) -> Dic
 
     Raises ConfigError.
     """
+    parsed = _parse_words(overrides)
+    _check_groups(parsed)
+    with _errors_explained(overrides), _hydra_initialized():
+        composed = compose(CONFIG_NAME, list(overrides), return_hydra_config=with_hydra)
+    _check_methods(parsed, composed)
+    return composed
+
+
+@contextmanager
+def _hydra_initialized() -> Iterator[None]:
     register_schema()
-    _check_groups(_parse_words(overrides))
-    with _errors_explained(overrides), initialize_config_dir(str(config_directory()), version_base=_HYDRA_VERSION_BASE):
-        return compose(CONFIG_NAME, list(overrides), return_hydra_config=with_hydra)
+    with initialize_config_dir(str(config_directory()), version_base=_HYDRA_VERSION_BASE):
+        yield
 
 
 def read_command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -143,8 +154,10 @@ def compose_jobs(flags: Sequence[str], overrides: Sequence[str]) -> int | None:
 
 def _parse_words(overrides: Sequence[str]) -> list[Override]:
     """The words as Hydra reads them. Raises ConfigError for one that cannot be read."""
-    with _errors_explained(overrides):
-        return OverridesParser.create().parse_overrides(list(overrides))
+    with _errors_explained(overrides), _hydra_initialized():
+        # The loader knows what `glob(*)` stands for.
+        loader = GlobalHydra.instance().config_loader()
+        return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
 
 
 def _check_single(parsed: Sequence[Override]) -> None:
@@ -178,6 +191,22 @@ def _check_groups(parsed: Sequence[Override]) -> None:
                 f"{word} names no choice of {key}",
                 expected=list_names(groups[key], most=40),
                 hint="method=none, for plain training" if key == "method" else "",
+            )
+
+
+def _check_methods(parsed: Sequence[Override], composed: DictConfig) -> None:
+    """Refuse a method beside an experiment that sets another one's keys: the two would silently be summed."""
+    for entry in parsed:
+        if entry.key_or_group != "method" or not isinstance(entry.value(), (str, list)):
+            continue
+        chosen = [entry.value()] if isinstance(entry.value(), str) else entry.value()
+        others = sorted(set(composed.method) - set(chosen))
+        if others:
+            names = ",".join([*others, *(name for name in chosen if name != "none")])
+            raise ConfigError(
+                f"{entry.input_line} was asked for, and the experiment sets method.{others[0]}",
+                expected="the experiment's own method, or no experiment",
+                hint=f"the command without {entry.input_line}, or method=[{names}] for the sum",
             )
 
 
@@ -241,8 +270,8 @@ def _errors_explained(overrides: Sequence[str]) -> Iterator[None]:
 def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """The same complaint in vkd's words."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, name = str(error.missing_cfg_file).rpartition("/")
-        options = [option for option in error.options or [] if option != "schema"]
+        group, _, name = str(error.missing_cfg_file).partition("/")
+        options = group_choices().get(group, [])
         # As the user wrote it: +experiment, recipe@teacher.recipe.
         pattern = rf"\+*{re.escape(group)}(@[^=]*)?=.*{re.escape(name)}"
         written = [word.partition("=")[0] for word in overrides if re.match(pattern, word)]

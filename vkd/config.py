@@ -30,6 +30,7 @@ TEACHERS_STUDY = "teachers"
 OPEN_KEYS = (
     "divergence",
     "dataset.augmentation",
+    "dataset.view_augmentation",
     *(f"{recipe}.{name}_options" for recipe in ("recipe", "teacher.recipe") for name in ("optimizer", "scheduler")),
 )
 """Keys below which others decide what may stand: a divergence's, an augmentation's or an optimizer's own signature."""
@@ -52,6 +53,7 @@ class DatasetConfig:
     val_fraction: share of train that is carved off, per class, for selection; 0 means no selection.
     split_seed: seed of that split; the same for every run, whatever its own seed.
     augmentation: name of each augmentation of the training images, in order, with its options.
+    view_augmentation: augmentation of the further views of a training image, where a method asks for several.
     image_size: side in pixels to which images of a folder are cut; null for packed data, which keep theirs.
     crop_fraction: share of the resized image's side that the centre crop of evaluation keeps (image folders).
     interpolation: how images of a folder are resized.
@@ -64,6 +66,7 @@ class DatasetConfig:
     val_fraction: float = 0.1
     split_seed: int = 0
     augmentation: dict[str, Any] = field(default_factory=dict)
+    view_augmentation: dict[str, Any] = field(default_factory=dict)
     image_size: int | None = None
     crop_fraction: float = 0.875
     interpolation: str = "bilinear"
@@ -123,6 +126,7 @@ class TeacherConfig:
     pretrained: take timm's pretrained weights.
     seed, recipe: how vkd trains it where neither is given.
     mean, std: its own input normalisation; null: that of its pretrained weights, else the data set's.
+    image_size: side in pixels that its view is resized to; null: that of its pretrained weights, else the data's.
     allow_chance_accuracy: go on with a teacher that is no better than chance.
     """
 
@@ -133,6 +137,7 @@ class TeacherConfig:
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     mean: list[float] | None = None
     std: list[float] | None = None
+    image_size: int | None = None
     allow_chance_accuracy: bool = False
 
     @property
@@ -518,6 +523,18 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
         config.divergence = _typed_divergence(config.divergence)
     if not uses_divergence:
         config.divergence = {}
+    elif not any(METHODS[name].uses_divergence and METHODS[name].uses_temperature for name in config.method):
+        # Methods with temperatures of their own: the divergence's decides nothing, so it must not tell runs apart.
+        config.divergence["temperature"] = 1.0
+    view_augmentation = config.dataset.view_augmentation.values()
+    for name in config.method:
+        _require(
+            METHODS[name].views == 1 or any(options not in (None, False) for options in view_augmentation),
+            f"method={name} learns from {METHODS[name].views} views of each image, "
+            "and dataset.view_augmentation, which makes the further ones, is empty",
+            "augmentations with their options",
+            "dataset.view_augmentation.auto_augment.policy=cifar10",
+        )
     if config.is_plain:
         config.teacher = None
         config.cross_entropy_weight = 1.0
@@ -559,6 +576,16 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
             "teacher.mean and teacher.std belong to weights that are given, and vkd trains this teacher",
             "teacher.checkpoint or teacher.pretrained beside them; a trained teacher has the data set's normalisation",
             "dataset.mean=... dataset.std=..., for both networks",
+        )
+        _require(
+            config.teacher.image_size is None or config.teacher.is_given,
+            "teacher.image_size belongs to weights that are given, and vkd trains this teacher at the data set's size",
+            "teacher.checkpoint or teacher.pretrained beside it",
+        )
+        _require(
+            config.teacher.image_size is None or config.teacher.image_size >= 1,
+            f"teacher.image_size = {config.teacher.image_size} is no size",
+            "a side in pixels, or null",
         )
     for name in ("runs_root", "results_root", "data_root"):
         _require(bool(getattr(config, name)), f"{name} is empty", "a folder", f"{name}={getattr(Config, name)}")
@@ -610,10 +637,15 @@ def run_identity(
         teacher: what identifies the teacher's weights; None for plain training.
         world_size: number of processes.
     """
+    from vkd.methods import METHODS
+
     dataset = dataclasses.asdict(config.dataset)
     del dataset["root"]
     # A mapping's order is not part of a fingerprint; that of augmentations decides the pixels.
-    dataset["augmentation"] = list(dataset["augmentation"].items())
+    for name in ("augmentation", "view_augmentation"):
+        dataset[name] = list(dataset[name].items())
+    if all(METHODS[name].views == 1 for name in config.method):
+        del dataset["view_augmentation"]  # it decides nothing
     return {
         "dataset": {**dataset, "content": data},
         "teacher": teacher,

@@ -18,7 +18,7 @@ How it works. `_evaluate` does what all divergences share: mask, precision, temp
 through the softmax. A divergence only says, class by class, its value and the weight w_k = dD/d(ln q_k); then
 dD/dz = (w - q sum(w)) / T is exact, needs no autograd graph, and leaves one saved [..., C] tensor. A new divergence is
 a function `_Pair -> _Terms` of about five lines, a public function that calls `_divergence`, and a name in
-`DIVERGENCES`.
+`DIVERGENCES`; with one in `DUALS`, it serves methods that need the derivative by the teacher's logits too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Real
 from typing import NamedTuple
@@ -39,6 +39,17 @@ from vkd.registry import Registry
 
 DIVERGENCES: Registry[Callable[..., Tensor]] = Registry("divergence")
 """The divergences by their config names."""
+
+DUALS = {
+    "fkld": "rkld",
+    "rkld": "fkld",
+    "abkd": "abkd",
+    "js": "js",
+    "skew_fkld": "skew_rkld",
+    "skew_rkld": "skew_fkld",
+    "tvd": "tvd",
+}
+"""The divergence that each becomes when student and teacher change places; alpha and beta then change places too."""
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -859,6 +870,24 @@ class Divergence:
             reduction=reduction,
             **self.parameters,
         )
+
+    @property
+    def dual(self) -> Divergence:
+        """The divergence with its arguments exchanged: `dual(b, a)` is `self(a, b)`, at the same temperature.
+
+        A divergence has a gradient by its first argument alone; that of the dual is the one by the second.
+
+        Raises ConfigError when `DUALS` does not name it.
+        """
+        if self.name not in DUALS:
+            raise ConfigError(
+                f"the gradient of divergence {self.name!r} by the teacher's logits is not known",
+                expected=list_names(DUALS),
+                hint=f"an entry for {self.name!r} in vkd.divergences.DUALS",
+            )
+        exchanged = {"alpha": "beta", "beta": "alpha"}
+        parameters = {exchanged.get(name, name): value for name, value in self.parameters.items()}
+        return replace(self, name=DUALS[self.name], parameters=parameters)
 
 
 def make_divergence(name: str, *, temperature: float = 1.0, **parameters: float | bool) -> Divergence:

@@ -33,6 +33,10 @@ _EXAMPLES = [
         "    student.arch=mobilenetv3_small_100",
     ),
     (
+        "a method of the literature with its published weights, on CIFAR-100",
+        "python -m vkd.train +experiment=cifar100/dkd teacher.checkpoint=resnet56.safetensors",
+    ),
+    (
         "a named study, and its table",
         "python -m vkd.train +experiment=quickstart\npython -m vkd.collect study=quickstart",
     ),

@@ -1,10 +1,13 @@
 """Batch augmentations against torchvision's, image by image, and the options in the config."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
-from vkd.data.augmentation import AUGMENTATIONS, Crop, Flip, RandomResizedCrop, build_augmentations
+from vkd.data.augmentation import AUGMENTATIONS, AutoAugment, Crop, Flip, RandomResizedCrop, build_augmentations
 from vkd.errors import ConfigError
 
 
@@ -54,9 +57,73 @@ def test_flip_happens_with_its_probability(p, views):
     assert Flip(p=p).views((2, 2)) == views
 
 
+POLICIES = ["cifar10", "imagenet", "svhn"]
+
+
+def outcomes(policy, image):
+    """The probability of everything that torchvision's AutoAugment can make of one image [C, H, W], by its bytes."""
+    reference = v2.AutoAugment(AutoAugmentPolicy(policy))
+    nearest = {"interpolation": InterpolationMode.NEAREST, "fill": reference._fill}
+    found = Counter()
+
+    def follow(image, operations, probability):
+        if not operations:
+            found[image.numpy().tobytes()] += probability
+            return
+        (name, happens, level), *later = operations
+        follow(image, later, probability * (1 - happens))
+        magnitudes, has_direction = reference._AUGMENTATION_SPACE[name]
+        magnitude = 0.0 if level is None else float(magnitudes(10, *image.shape[1:])[level])
+        signs = (1, -1) if has_direction else (1,)
+        for sign in signs:
+            changed = reference._apply_image_or_video_transform(image, name, sign * magnitude, **nearest)
+            follow(changed, later, probability * happens / len(signs))
+
+    for pair in reference._policies:
+        follow(image, pair, 1 / len(reference._policies))
+    return found
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_auto_augment_gives_what_torchvisions_gives_for_one_image_as_often(policy, channels):
+    count, augment = 10_000, AutoAugment(policy=policy)
+    image = (pixels(channels, 20, 24).double() ** 2 / 290 + 10).to(torch.uint8)  # of a skewed histogram
+    expected = outcomes(policy, image)
+    assert sum(expected.values()) == pytest.approx(1)
+    choices = augment.draw(count, torch.Generator().manual_seed(0), (20, 24))
+    found = augment.apply(image.expand(count, -1, -1, -1), choices)
+    assert found.dtype == torch.uint8
+    seen = Counter(one.numpy().tobytes() for one in found)
+    assert sum(seen[outcome] for outcome in expected) == count
+    for outcome, probability in expected.items():
+        spread = (count * probability * (1 - probability)) ** 0.5
+        assert abs(seen[outcome] - count * probability) <= 5 * spread + 3
+
+
+@pytest.mark.parametrize("shape", [(97, 3, 33, 31), (60, 1, 8, 8), (5, 3, 2, 2)])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_auto_augment_does_the_same_to_an_image_alone_and_among_others(policy, shape):
+    augment, images = AutoAugment(policy=policy), pixels(*shape)
+    before = images.clone()
+    choices = augment.draw(shape[0], torch.Generator().manual_seed(1), shape[2:])
+    together = augment.apply(images, choices)
+    alone = [augment.apply(image[None], choice[None]) for image, choice in zip(images, choices, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(images, before)
+    assert augment.apply(images[:0], choices[:0]).shape == (0, *shape[1:])
+
+
+def test_auto_augment_in_a_worker_is_torchvisions():
+    transform = AutoAugment(policy="svhn").transform(224, InterpolationMode.BICUBIC)
+    assert isinstance(transform, v2.AutoAugment)
+    assert (transform.policy, transform.interpolation) == (AutoAugmentPolicy.SVHN, InterpolationMode.NEAREST)
+
+
 def test_views_of_the_usual_cifar_augmentation():
     crop, flip = build_augmentations({"crop": {"padding": 4}, "flip": {}}, "resident")
     assert (crop.views((32, 32)), flip.views((32, 32))) == (81, 2)
+    assert AutoAugment(policy="cifar10").views((32, 32)) is None
 
 
 def test_order_options_and_switches_of_the_config():
@@ -83,13 +150,28 @@ def test_order_options_and_switches_of_the_config():
         ({"flip": {"p": 1.5}}, ["dataset.augmentation.flip.p=1.5"]),
         ({"flip": {"p": float("nan")}}, ["dataset.augmentation.flip.p"]),
         ({"random_resized_crop": {}}, ["'random_resized_crop'", "dataset.augmentation.random_resized_crop=null"]),
+        ({"auto_augment": {"policy": "cifar"}}, ["dataset.augmentation.auto_augment.policy='cifar'", "try: cifar10"]),
+        ({"auto_augment": {"policy": 10}}, ["dataset.augmentation.auto_augment.policy=10", "str"]),
         (["flip"], ["dataset.augmentation"]),
     ],
 )
-def test_a_wrong_augmentation_is_named(options, words):
+def test_a_wrong_augmentation_is_named_with_the_key_where_it_stands(options, words):
     with pytest.raises(ConfigError) as caught:
         build_augmentations(options, "resident")
-    assert all(word in str(caught.value) for word in words)
+    message = str(caught.value)
+    assert all(word in message for word in words)
+    assert message.startswith("dataset.augmentation")
+    with pytest.raises(ConfigError) as caught:
+        build_augmentations(options, "resident", key="dataset.view_augmentation")
+    assert str(caught.value) == message.replace("dataset.augmentation", "dataset.view_augmentation")
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_auto_augment_refuses_images_of_neither_one_nor_three_channels(channels):
+    with pytest.raises(ConfigError, match=rf"dataset\.augmentation\.auto_augment: .* {channels} channels") as caught:
+        build_augmentations({"auto_augment": {}}, "resident", channels=channels)
+    assert "dataset.augmentation.auto_augment=null" in caught.value.hint
+    assert len(build_augmentations({"crop": {}, "flip": {}}, "resident", channels=channels)) == 2
 
 
 @pytest.mark.parametrize(

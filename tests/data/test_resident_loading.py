@@ -1,16 +1,19 @@
 """Batches of resident images: order, augmentation, resuming, and that nothing else is disturbed."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 import yaml
-from loading import same
+from loading import all_views, same
 from loading import train_batches as train
 from torchvision.transforms.v2 import functional
 
 import vkd.data.resident
 from vkd.config import DatasetConfig
 from vkd.data import load_data
+from vkd.data.augmentation import build_augmentations
 from vkd.data.resident import ResidentData
 from vkd.errors import ConfigError
 from vkd.randomness import generator
@@ -23,11 +26,11 @@ AUGMENTATION = {"crop": {"padding": 2}, "flip": {}}
 def load(config, write_packed, tmp_path):
     """A function that loads a packed set of `count` training images, of which `val_fraction` are held."""
 
-    def make(count=41, val_fraction=0.0, augmentation=AUGMENTATION, **fields):
-        write_packed(split="train", count=count)
-        write_packed(split="test", count=11)
+    def make(count=41, val_fraction=0.0, augmentation=AUGMENTATION, views=1, channels=3, **fields):
+        write_packed(split="train", count=count, channels=channels)
+        write_packed(split="test", count=11, channels=channels)
         chosen = config("mine", val_fraction=val_fraction, augmentation=augmentation, **fields)
-        return load_data(chosen, tmp_path, device=CPU)
+        return load_data(chosen, tmp_path, device=CPU, views=views)
 
     return make
 
@@ -93,6 +96,95 @@ def test_augmented_images_are_torchvisions_for_the_drawn_choices(load):
         expected = functional.pad(data.images("train")[index], [2] * 4)
         expected = functional.crop(expected, int(places[index, 0]), int(places[index, 1]), 6, 5)
         assert torch.equal(image, functional.horizontal_flip(expected) if mirrored[index] else expected)
+
+
+@pytest.fixture
+def load_views(load):
+    """A function that loads a packed set with augmentations for further views of its training images."""
+    strong = {"flip": {}, "crop": {"padding": 1}, "auto_augment": {"policy": "cifar10"}}
+    return lambda **fields: load(**{"views": 2, "view_augmentation": strong, **fields})
+
+
+def test_the_first_view_is_the_same_however_many_there_are(load, load_views):
+    one_view = train(load())
+    assert all(batch.views == [] for batch in one_view)
+    for views in (1, 2, 4):
+        batches = train(load_views(), views=views)
+        assert [len(batch.views) for batch in batches] == [views - 1] * len(one_view)
+        for batch, alone in zip(batches, one_view, strict=True):
+            assert torch.equal(batch.images, alone.images)
+            assert torch.equal(batch.indices, alone.indices)
+            assert all(view.shape == batch.images.shape and view.dtype == torch.uint8 for view in batch.views)
+
+
+def test_views_are_the_same_for_one_seed_epoch_and_number_and_else_differ(load_views):
+    found = all_views(train(load_views(count=64), views=4))
+    assert torch.equal(found, all_views(train(load_views(count=64), views=4)))
+    assert torch.equal(found[:, :2], all_views(train(load_views(count=64), views=2)))
+    for changed in ({"seed": 2}, {"epoch": 2}):
+        assert not torch.equal(found[:, 1], all_views(train(load_views(count=64), views=2, **changed))[:, 1])
+    for one, other in itertools.combinations(range(4), 2):
+        assert not torch.equal(found[:, one], found[:, other])
+
+
+def test_views_of_one_image_are_drawn_independently_of_each_other(load_views):
+    data = load_views(count=4000, augmentation={"flip": {}}, view_augmentation={"flip": {}})
+    found = all_views(train(data, batch_size=1000, views=3))
+    mirrored = (found != data.images("train")[:, None]).flatten(2).any(2)  # [N, views]
+    joint = torch.bincount((mirrored * torch.tensor([4, 2, 1])).sum(1), minlength=8)
+    assert ((joint - 500).abs() < 5 * (4000 * 1 / 8 * 7 / 8) ** 0.5).all()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3000, 1 << 20])
+def test_views_do_not_depend_on_the_start_or_the_batch_size(load_views, monkeypatch, chunk_bytes):
+    data = load_views(count=100)
+    whole = train(data, views=3)
+    monkeypatch.setitem(vkd.data.resident.CHUNK_BYTES, "cpu", chunk_bytes)
+    for start in range(len(whole) + 1):
+        assert same(train(data, views=3, start_step=start), whole[start:])
+    assert torch.equal(all_views(whole), all_views(train(data, views=3, batch_size=25)))
+
+
+def test_views_are_torchvisions_for_the_drawn_choices(load_views):
+    data = load_views(count=40, view_augmentation={"flip": {}, "crop": {"padding": 1}})
+    found = all_views(train(data, seed=7, epoch=3, views=3))
+    for view in (1, 2):
+        random = generator(7, "view augmentation", view, 3)
+        mirrored, places = (augmentation.draw(40, random, (6, 5)) for augmentation in data.view_augmentations)
+        for index, image in enumerate(data.images("train")):
+            expected = functional.horizontal_flip(image) if mirrored[index] else image
+            expected = functional.crop(functional.pad(expected, [1] * 4), *places[index].tolist(), 6, 5)
+            assert torch.equal(found[index, view], expected)
+
+
+def test_views_leave_the_stored_images_and_the_global_random_state_as_they_were(load_views):
+    data = load_views()
+    stored, state = data.images("train").clone(), torch.get_rng_state()
+    train(data, views=3)
+    assert torch.equal(stored, data.images("train"))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_several_views_are_asked_of_data_that_were_loaded_for_several(load, load_views):
+    for data, views in ((load(), 2), (load(), 0), (load_views(), 0)):
+        with pytest.raises(ValueError, match=f"views={views}"):
+            data.train_batches(seed=0, epoch=1, batch_size=8, drop_last=False, views=views)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"random_resized_crop": {}}, "dataset.view_augmentation.random_resized_crop: "),
+        ({"crop": {"padding": -1}}, "dataset.view_augmentation.crop.padding=-1"),
+        ({"mixup": {}}, "dataset.view_augmentation.mixup: "),
+        ({"auto_augment": {}}, "dataset.view_augmentation.auto_augment: "),
+    ],
+)
+def test_a_wrong_view_augmentation_is_named_where_several_views_are_wanted_alone(load, wrong, words):
+    assert load(view_augmentation=wrong, channels=2).train_size == 41
+    with pytest.raises(ConfigError) as caught:
+        load(view_augmentation=wrong, channels=2, views=2)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +279,13 @@ def test_a_config_file_gives_every_field_and_its_command(request):
     for file in files:
         assert set(yaml.safe_load(file.read_text())["dataset"]) == set(DatasetConfig.__dataclass_fields__), file
         assert f"\n#   python -m vkd.train dataset={file.stem}" in file.read_text()
+
+
+def test_every_config_file_augments_further_views_in_a_way_that_fits_its_images(request):
+    for file in sorted((request.config.rootpath / "conf" / "dataset").glob("*.yaml")):
+        fields = yaml.safe_load(file.read_text())["dataset"]
+        loading = "resident" if fields["image_size"] is None else "streaming"
+        assert build_augmentations(fields["view_augmentation"], loading, channels=len(fields["mean"])), file
 
 
 def test_digits_are_normalised_by_the_figures_of_their_training_images(tmp_path, request):

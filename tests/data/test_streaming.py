@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from loading import same, train_batches
+from loading import all_views, same, train_batches
 from PIL import Image
 from torchvision import transforms
 
@@ -22,12 +22,12 @@ AUGMENTATION = {"random_resized_crop": {"scale": [0.3, 1.0]}, "flip": {}}
 def load(config, image_folder, tmp_path):
     """A function that loads an image folder of 12 training, 12 val and 12 test images."""
 
-    def make(workers=0, **fields):
+    def make(workers=0, views=1, **fields):
         root = tmp_path / "pictures"
         if not root.is_dir():
             image_folder()
         chosen = {"root": str(root), "image_size": 16, "augmentation": AUGMENTATION, **fields}
-        return load_data(config("imagefolder", **chosen), tmp_path, device=CPU, workers=workers)
+        return load_data(config("imagefolder", **chosen), tmp_path, device=CPU, workers=workers, views=views)
 
     return make
 
@@ -122,6 +122,70 @@ def test_augmentation_is_torchvisions_with_the_seed_of_the_image(load, tmp_path)
         for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
             torch.manual_seed(derive_seed(3, "augmentation", 4, index))
             assert torch.equal(image, reference(Image.open(paths[index])))
+
+
+VIEW_AUGMENTATION = {"random_resized_crop": {"scale": [0.2, 0.9]}, "auto_augment": {"policy": "imagenet"}}
+
+
+@pytest.fixture
+def load_views(load):
+    """A function that loads the image folder with augmentations for further views of its training images."""
+    return lambda **fields: load(**{"views": 2, "view_augmentation": VIEW_AUGMENTATION, **fields})
+
+
+def test_the_first_view_is_the_same_however_many_there_are(load, load_views):
+    one_view = train(load())
+    assert all(batch.views == [] for batch in one_view)
+    for views in (1, 3):
+        batches = train(load_views(), views=views)
+        assert [len(batch.views) for batch in batches] == [views - 1] * len(one_view)
+        for batch, alone in zip(batches, one_view, strict=True):
+            assert torch.equal(batch.images, alone.images)
+            assert torch.equal(batch.indices, alone.indices)
+            assert all(view.shape == batch.images.shape and view.dtype == torch.uint8 for view in batch.views)
+
+
+def test_neither_the_workers_nor_the_start_nor_the_batch_size_change_a_view(load_views):
+    alone, two = load_views(workers=0), load_views(workers=2)
+    whole = train(alone, views=3)
+    for start in range(len(whole) + 1):
+        assert same(train(two, views=3, start_step=start), whole[start:])
+    assert torch.equal(all_views(whole), all_views(train(alone, views=3, batch_size=4)))
+    assert torch.equal(all_views(whole)[:, :2], all_views(train(two, views=2)))
+    for changed in ({"seed": 2}, {"epoch": 2}):
+        assert not torch.equal(all_views(whole)[:, 1], all_views(train(alone, views=2, **changed))[:, 1])
+
+
+def test_views_are_torchvisions_each_with_its_own_seed(load_views, tmp_path):
+    reference = transforms.v2.Compose(
+        [
+            transforms.v2.RandomResizedCrop(16, scale=(0.2, 0.9)),
+            transforms.v2.AutoAugment(transforms.AutoAugmentPolicy.IMAGENET),
+            transforms.v2.PILToTensor(),
+        ]
+    )
+    found = all_views(train(load_views(), seed=3, epoch=4, views=3))
+    paths = sorted((tmp_path / "pictures" / "train").glob("*/*.png"))
+    for index, path in enumerate(paths):
+        for view in (1, 2):
+            torch.manual_seed(derive_seed(3, "view augmentation", view, 4, index))
+            assert torch.equal(found[index, view], reference(Image.open(path)))
+    assert not torch.equal(found[:, 1], found[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"flip": {}, "random_resized_crop": {}}, "must come first in dataset.view_augmentation"),
+        ({"random_resized_crop": {"scale": [2, 3]}}, "dataset.view_augmentation.random_resized_crop.scale=[2.0, 3.0]"),
+        ({"mixup": {}}, "dataset.view_augmentation.mixup: "),
+    ],
+)
+def test_a_wrong_view_augmentation_is_named_where_several_views_are_wanted_alone(load, wrong, words):
+    assert load(view_augmentation=wrong).train_size == 12
+    with pytest.raises(ConfigError) as caught:
+        load(view_augmentation=wrong, views=2)
+    assert words in str(caught.value)
 
 
 def test_a_padded_crop_follows_the_resizing_of_evaluation(load):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
-from toys import CPU, TinyNetwork, configured, random_batch, recipe, toy_learner, toy_method
+from toys import CPU, TinyNetwork, random_batch, recipe, toy_learner, toy_method
 
-from vkd.methods import METHODS, Combination
+from vkd.methods import Combination
 from vkd.training.precision import Precision
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -78,10 +78,8 @@ def test_losses_are_computed_in_float32_from_the_half_precision_logits(name):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_trains_for_a_few_steps_in_every_precision(method, precision):
-    assert configured(method), f"conf/method/{method}.yaml gives its parameters"
-    learner = toy_learner(recipe(clip_grad_norm=1.0), method=toy_method(method), precision=precision)
+def test_a_few_steps_in_every_precision_move_every_parameter_and_stay_finite(precision):
+    learner = toy_learner(recipe(clip_grad_norm=1.0), method=toy_method("kd"), precision=precision)
     before = [entry.clone() for entry in learner.parameters]
     for step in range(1, 5):
         learner.step(*random_batch(step))

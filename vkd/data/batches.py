@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ class ImageBatch:
     images: pixels, uint8 [B, C, H, W].
     targets: classes, int64 [B].
     indices: positions in the split, int64 [B].
+    views: further views of the same images, each as `images`, where several were asked for.
     """
 
     images: Tensor
     targets: Tensor
     indices: Tensor
+    views: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,14 @@ class Data(ABC):
         notes: what a user should be told.
         identity: sha256 in hex of the content: pixels (or relative paths and sizes of files), labels, class names.
         sizes: number of images of each split present, under "train", "val", "test".
+        has_views: whether training images can have further views, which have augmentations of their own.
     """
 
     loading: str
 
-    def __init__(self, description: Description, sizes: dict[str, int], device: torch.device) -> None:
+    def __init__(
+        self, description: Description, sizes: dict[str, int], device: torch.device, *, has_views: bool
+    ) -> None:
         self.name = description.name
         self.class_names = description.class_names
         self.num_classes = len(description.class_names)
@@ -69,6 +74,7 @@ class Data(ABC):
         self.identity = description.identity
         self.sizes = sizes
         self.device = device
+        self.has_views = has_views
 
     @property
     def splits_present(self) -> set[str]:
@@ -79,6 +85,11 @@ class Data(ABC):
     def train_size(self) -> int:
         """Number of training images, those carved off for validation not counted."""
         return self.sizes["train"]
+
+    @property
+    @abstractmethod
+    def train_targets(self) -> Tensor:
+        """Classes of the training images by their index, int64 [train_size], on the CPU; not to be written to."""
 
     def steps_per_epoch(self, batch_size: int, drop_last: bool) -> int:
         """Number of batches of one epoch, at least 1.
@@ -102,7 +113,7 @@ class Data(ABC):
         return steps
 
     def train_batches(
-        self, *, seed: int, epoch: int, batch_size: int, drop_last: bool, start_step: int = 0
+        self, *, seed: int, epoch: int, batch_size: int, drop_last: bool, start_step: int = 0, views: int = 1
     ) -> Iterator[ImageBatch]:
         """The batches of one training epoch: every training image once, in random order, augmented.
 
@@ -112,14 +123,23 @@ class Data(ABC):
 
         Args:
             start_step: leaves out as many batches at the start, at no cost; the others are what they were.
+            views: how many views of each image. The first is what one view alone would be; the others depend on
+                (seed, epoch) and their number among the views, and are drawn independently of each other.
+
+        Raises:
+            ValueError: when the epoch has no such step, or several views are asked of data loaded for one.
         """
+        if views < 1:
+            raise ValueError(f"views={views} is below 1")
+        if views > 1 and not self.has_views:
+            raise ValueError(f"views={views}, but the data were loaded for one view: load_data(..., views={views})")
         steps = self.steps_per_epoch(batch_size, drop_last)
         if not 0 <= start_step <= steps:
             raise ValueError(f"start_step={start_step} is outside 0 .. {steps}, the steps of the epoch")
         order = torch.randperm(self.train_size, generator=generator(seed, "order", epoch))
         if start_step == steps:
             return iter(())
-        return self._train_batches(order[start_step * batch_size : steps * batch_size], batch_size, seed, epoch)
+        return self._train_batches(order[start_step * batch_size : steps * batch_size], batch_size, seed, epoch, views)
 
     def eval_batches(self, split: str, *, batch_size: int) -> Iterator[ImageBatch]:
         """All images of a split ("train", "val" or "test") in their own order, not augmented, none left out.
@@ -134,7 +154,7 @@ class Data(ABC):
         return self._eval_batches(split, batch_size)
 
     @abstractmethod
-    def _train_batches(self, order: Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[ImageBatch]:
+    def _train_batches(self, order: Tensor, batch_size: int, seed: int, epoch: int, views: int) -> Iterator[ImageBatch]:
         """The augmented training images at the positions `order`, int64 [at least 1] on the CPU, in batches."""
 
     @abstractmethod

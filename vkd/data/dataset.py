@@ -18,7 +18,9 @@ from vkd.data.streaming import Geometry, StreamingData
 from vkd.errors import ConfigError, DataError
 
 
-def load_data(config: DatasetConfig, data_root: str | Path, *, device: torch.device, workers: int = 2) -> Data:
+def load_data(
+    config: DatasetConfig, data_root: str | Path, *, device: torch.device, workers: int = 2, views: int = 1
+) -> Data:
     """Reads, checks and splits the data set that `config` names.
 
     Arrays of pixels are kept on `device` ("resident"); folders of files are read by workers ("streaming").
@@ -27,6 +29,8 @@ def load_data(config: DatasetConfig, data_root: str | Path, *, device: torch.dev
         data_root: folder of packed and downloaded data sets.
         device: where batches are yielded, and where resident pixels lie.
         workers: processes that read image files; 0 reads in this one. No effect on what is yielded.
+        views: how many views of a training image will be asked for at most; the augmentation of the further ones is
+            looked at only where there are any.
 
     Raises:
         ConfigError: a key of `dataset.*` is impossible, or does not fit the images.
@@ -55,11 +59,15 @@ def load_data(config: DatasetConfig, data_root: str | Path, *, device: torch.dev
         notes=[*source.notes, *notes],
         identity=content_identity(source),
     )
-    augmentations = build_augmentations(config.augmentation, "resident" if resident else "streaming")
+    loading, device, view_augmentations = "resident" if resident else "streaming", torch.device(device), None
+    augmentations = build_augmentations(config.augmentation, loading, channels=channels)
+    if views > 1:
+        key = "dataset.view_augmentation"
+        view_augmentations = build_augmentations(config.view_augmentation, loading, channels=channels, key=key)
     if resident:
-        return ResidentData(description, splits, augmentations, torch.device(device))
+        return ResidentData(description, splits, augmentations, device, view_augmentations)
     geometry = Geometry(image_size[0], config.crop_fraction, config.interpolation)
-    return StreamingData(description, splits, augmentations, geometry, torch.device(device), workers)
+    return StreamingData(description, splits, augmentations, geometry, device, workers, view_augmentations)
 
 
 def _image_size(train: Images, config: DatasetConfig) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vkd.errors import ConfigError
 
@@ -35,7 +36,7 @@ def channel_values(values: Any, channels: int, key: str) -> list[float]:
 
 
 class Normalization(nn.Module):
-    """(x / 255 - mean) / std as one multiply-add: uint8 [B, C, H, W] to float32 [B, C, H, W].
+    """(x / 255 - mean) / std as one multiply-add, and a resizing where a network wants another size.
 
     The two constants stay float32 when a surrounding module is cast (`.half()`, `.to(torch.bfloat16)`), and are in no
     state dict, so a saved network has the standard parameter names alone.
@@ -44,6 +45,8 @@ class Normalization(nn.Module):
         mean, std: per channel for pixels in [0, 1], C values each, or one that serves all channels.
         channels: C.
         memory_format: of the output.
+        image_size: (height, width) that images are resized to, by antialiased bilinear interpolation; None leaves them
+            as they are.
         key: where mean and std stand in the config, for the error message.
 
     Raises:
@@ -60,6 +63,7 @@ class Normalization(nn.Module):
         channels: int,
         *,
         memory_format: torch.memory_format = torch.contiguous_format,
+        image_size: tuple[int, int] | None = None,
         key: str = "dataset",
     ) -> None:
         super().__init__()
@@ -68,6 +72,7 @@ class Normalization(nn.Module):
         if min(self.std) <= 0:
             raise ConfigError(f"{key}.std={self.std} is not positive", expected="standard deviations above 0")
         self.memory_format = memory_format
+        self.image_size = image_size
         self._set_constants(torch.device("cpu"))
 
     def _set_constants(self, device: torch.device) -> None:
@@ -84,11 +89,14 @@ class Normalization(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] to float32 [B, C, H, W]. Raises TypeError for pixels that are not uint8."""
+        """uint8 [B, C, H, W] to float32 [B, C, *image_size]. Raises TypeError for pixels that are not uint8."""
         if images.dtype != torch.uint8:
             raise TypeError(f"images must be uint8, 0 to 255, not {images.dtype}")
         pixels = images.to(torch.float32, memory_format=self.memory_format)
-        return torch.addcmul(self.shift, pixels, self.scale).contiguous(memory_format=self.memory_format)
+        pixels = torch.addcmul(self.shift, pixels, self.scale)
+        if self.image_size is not None and pixels.shape[2:] != self.image_size:
+            pixels = functional.interpolate(pixels, self.image_size, mode="bilinear", antialias=True)
+        return pixels.contiguous(memory_format=self.memory_format)
 
     def extra_repr(self) -> str:
         return f"mean={self.mean}, std={self.std}"

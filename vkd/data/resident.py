@@ -17,6 +17,9 @@ CHUNK_BYTES = {"cpu": 1 << 20, "cuda": 16 << 20}
 """Pixels that are gathered and augmented at once, so that small batches share the cost of launching the operations; on
 the CPU no more than its cache holds. No effect on what is yielded."""
 
+_Choices = tuple[BatchAugmentation, Tensor]
+"""An augmentation with what was drawn for it, int64 [N, k] for N images."""
+
 
 class ResidentData(Data):
     """A data set whose splits are tensors on the device; see `Data`.
@@ -25,6 +28,7 @@ class ResidentData(Data):
         splits: images uint8 [N, H, W, C] and labels int64 [N] under "train", "test" and perhaps "val".
         augmentations: applied in this order to training images.
         device: where the tensors lie.
+        view_augmentations: the same for their further views; None where there are to be none.
     """
 
     loading = "resident"
@@ -35,11 +39,18 @@ class ResidentData(Data):
         splits: Mapping[str, ImageArrays],
         augmentations: Sequence[BatchAugmentation],
         device: torch.device,
+        view_augmentations: Sequence[BatchAugmentation] | None = None,
     ) -> None:
-        super().__init__(description, {split: len(arrays.labels) for split, arrays in splits.items()}, device)
+        sizes = {split: len(arrays.labels) for split, arrays in splits.items()}
+        super().__init__(description, sizes, device, has_views=view_augmentations is not None)
         self.augmentations = list(augmentations)
+        self.view_augmentations = list(view_augmentations or [])
         self._images = {split: _channels_first(arrays.images).to(device) for split, arrays in splits.items()}
         self._labels = {split: torch.from_numpy(arrays.labels).to(device) for split, arrays in splits.items()}
+
+    @property
+    def train_targets(self) -> Tensor:
+        return self._labels["train"].cpu()
 
     def images(self, split: str) -> Tensor:
         """All images of a split as stored on the device, uint8 [N, C, H, W]; not to be written to."""
@@ -49,25 +60,37 @@ class ResidentData(Data):
         """All classes of a split as stored on the device, int64 [N]; not to be written to."""
         return self._labels[split]
 
-    def _train_batches(self, order: Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[ImageBatch]:
-        random = generator(seed, "augmentation", epoch)
-        drawn = [augmentation.draw(self.train_size, random, self.image_size) for augmentation in self.augmentations]
-        choices = [rows.to(self.device, non_blocking=True) for rows in drawn]
+    def _train_batches(self, order: Tensor, batch_size: int, seed: int, epoch: int, views: int) -> Iterator[ImageBatch]:
+        drawn = [self._draw(self.augmentations, generator(seed, "augmentation", epoch))]
+        for view in range(1, views):
+            drawn.append(self._draw(self.view_augmentations, generator(seed, "view augmentation", view, epoch)))
         order = order.to(self.device, non_blocking=True)
         batch_bytes = batch_size * self.channels * self.image_size[0] * self.image_size[1]
         for chunk in order.split(batch_size * max(1, CHUNK_BYTES.get(self.device.type, 1 << 20) // batch_bytes)):
-            images = self._images["train"].index_select(0, chunk)
-            for augmentation, rows in zip(self.augmentations, choices, strict=True):
-                images = augmentation.apply(images, rows.index_select(0, chunk))
-            targets = self._labels["train"].index_select(0, chunk)
-            for parts in zip(*(part.split(batch_size) for part in (images, targets, chunk)), strict=True):
-                yield ImageBatch(*parts)
+            stored = self._images["train"].index_select(0, chunk)
+            images, *others = [_augment(stored, choices, chunk) for choices in drawn]
+            tensors = (images, self._labels["train"].index_select(0, chunk), chunk, *others)
+            for first, targets, indices, *further in zip(*(part.split(batch_size) for part in tensors), strict=True):
+                yield ImageBatch(first, targets, indices, further)
+
+    def _draw(self, augmentations: Sequence[BatchAugmentation], random: torch.Generator) -> list[_Choices]:
+        """Every augmentation with its choices for all training images of an epoch, on the device."""
+        drawn = [augmentation.draw(self.train_size, random, self.image_size) for augmentation in augmentations]
+        rows = [choices.to(self.device, non_blocking=True) for choices in drawn]
+        return list(zip(augmentations, rows, strict=True))
 
     def _eval_batches(self, split: str, batch_size: int) -> Iterator[ImageBatch]:
         indices = torch.arange(self.sizes[split], device=self.device)
         tensors = (self._images[split], self._labels[split], indices)
         for parts in zip(*(tensor.split(batch_size) for tensor in tensors), strict=True):
             yield ImageBatch(*parts)
+
+
+def _augment(images: Tensor, drawn: list[_Choices], indices: Tensor) -> Tensor:
+    """The images [B, C, H, W] at the positions `indices` [B], augmented as was drawn for them."""
+    for augmentation, choices in drawn:
+        images = augmentation.apply(images, choices.index_select(0, indices))
+    return images
 
 
 def _channels_first(images: np.ndarray) -> Tensor:

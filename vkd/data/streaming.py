@@ -60,12 +60,15 @@ class Geometry:
         resize = v2.Resize(side, interpolation=INTERPOLATIONS[self.interpolation])
         return [resize, v2.CenterCrop(self.image_size)]
 
-    def train_transforms(self, augmentations: Sequence[ImageAugmentation]) -> list[nn.Module]:
-        """The augmentations in their order, after the resizing of evaluation unless the first one resizes itself."""
+    def train_transforms(self, augmentations: Sequence[ImageAugmentation], key: str) -> list[nn.Module]:
+        """The augmentations in their order, after the resizing of evaluation unless the first one resizes itself.
+
+        Raises ConfigError, naming the config's `key`, when one that resizes comes later.
+        """
         mode = INTERPOLATIONS[self.interpolation]
         if any(augmentation.resizes for augmentation in augmentations[1:]):
             raise ConfigError(
-                "an augmentation that resizes must come first in dataset.augmentation",
+                f"an augmentation that resizes must come first in {key}",
                 expected="random_resized_crop before the others, and once",
             )
         first = [] if augmentations and augmentations[0].resizes else self.eval_transforms()
@@ -80,6 +83,7 @@ class _Request:
     indices: Tensor
     seed: int | None = None
     epoch: int = 0
+    views: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,35 +98,44 @@ class _Files(Dataset):
     """Reads the batches that are asked for; a copy lives in each worker.
 
     Paths are kept as one array of bytes a split: a list of strings would be copied, page by page, into every worker.
+    An answer is the images' first view [B, C, H, W], their classes and positions [B], and their further views.
     """
 
     def __init__(
-        self, splits: Mapping[str, ImageFiles], train_transforms: list[nn.Module], eval_transforms: list[nn.Module]
+        self,
+        splits: Mapping[str, ImageFiles],
+        train_transforms: list[nn.Module],
+        view_transforms: list[nn.Module],
+        eval_transforms: list[nn.Module],
     ) -> None:
         self.roots = {split: str(files.root) for split, files in splits.items()}
         self.paths = {split: np.array([os.fsencode(path) for path in files.paths]) for split, files in splits.items()}
         self.labels = {split: torch.from_numpy(files.labels) for split, files in splits.items()}
-        self.train_transforms, self.eval_transforms = train_transforms, eval_transforms
+        self.train_transforms, self.view_transforms = train_transforms, view_transforms
+        self.eval_transforms = eval_transforms
 
-    def __getitem__(self, request: _Request) -> tuple[Tensor, Tensor, Tensor] | _BrokenImage:
-        images = []
+    def __getitem__(self, request: _Request) -> tuple[Tensor, ...] | _BrokenImage:
+        views: list[list[Tensor]] = [[] for _ in range(request.views)]
         for index in request.indices.tolist():
             path = Path(self.roots[request.split], os.fsdecode(self.paths[request.split][index]))
             image = _decode(path)
             if isinstance(image, _BrokenImage):
                 return image
-            images.append(functional.pil_to_tensor(self._transform(image, request, index)))
-        return torch.stack(images), self.labels[request.split][request.indices], request.indices
+            for view, images in enumerate(views):
+                images.append(functional.pil_to_tensor(self._transform(image, request, index, view)))
+        first, *further = [torch.stack(images) for images in views]
+        return first, self.labels[request.split][request.indices], request.indices, *further
 
-    def _transform(self, image: Image.Image, request: _Request, index: int) -> Image.Image:
+    def _transform(self, image: Image.Image, request: _Request, index: int, view: int) -> Image.Image:
         if request.seed is None:
             for transform in self.eval_transforms:
                 image = transform(image)
             return image
+        purpose = ("augmentation",) if view == 0 else ("view augmentation", view)
         # Only the CPU's generator is used and restored; torch.manual_seed would reseed the GPU's as well.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(request.seed, "augmentation", request.epoch, index))
-            for transform in self.train_transforms:
+            torch.default_generator.manual_seed(derive_seed(request.seed, *purpose, request.epoch, index))
+            for transform in self.train_transforms if view == 0 else self.view_transforms:
                 image = transform(image)
         return image
 
@@ -179,6 +192,7 @@ class StreamingData(Data):
         geometry: the size that images get.
         device: where batches go.
         workers: processes that read; 0 reads in the calling one.
+        view_augmentations: applied in this order to their further views; None where there are to be none.
     """
 
     loading = "streaming"
@@ -191,14 +205,25 @@ class StreamingData(Data):
         geometry: Geometry,
         device: torch.device,
         workers: int,
+        view_augmentations: Sequence[ImageAugmentation] | None = None,
     ) -> None:
-        super().__init__(description, {split: len(files.labels) for split, files in splits.items()}, device)
-        self._files = _Files(splits, geometry.train_transforms(augmentations), geometry.eval_transforms())
+        sizes = {split: len(files.labels) for split, files in splits.items()}
+        super().__init__(description, sizes, device, has_views=view_augmentations is not None)
+        self._files = _Files(
+            splits,
+            geometry.train_transforms(augmentations, "dataset.augmentation"),
+            geometry.train_transforms(view_augmentations or [], "dataset.view_augmentation"),
+            geometry.eval_transforms(),
+        )
         self._workers = workers
         self._requests = _Requests()
         self._loader = self._make_loader(self._requests, persistent=workers > 0)
         self._busy = False
         weakref.finalize(self, _release, self._loader).atexit = False
+
+    @property
+    def train_targets(self) -> Tensor:
+        return self._files.labels["train"]
 
     def _make_loader(self, requests: _Requests, *, persistent: bool) -> DataLoader:
         return DataLoader(
@@ -213,8 +238,8 @@ class StreamingData(Data):
             generator=torch.Generator(),  # otherwise each pass would draw from the global generator
         )
 
-    def _train_batches(self, order: Tensor, batch_size: int, seed: int, epoch: int) -> Iterator[ImageBatch]:
-        return self._stream([_Request("train", indices, seed, epoch) for indices in order.split(batch_size)])
+    def _train_batches(self, order: Tensor, batch_size: int, seed: int, epoch: int, views: int) -> Iterator[ImageBatch]:
+        return self._stream([_Request("train", indices, seed, epoch, views) for indices in order.split(batch_size)])
 
     def _eval_batches(self, split: str, batch_size: int) -> Iterator[ImageBatch]:
         return self._stream([_Request(split, indices) for indices in torch.arange(self.sizes[split]).split(batch_size)])
@@ -240,4 +265,5 @@ class StreamingData(Data):
                     expected="a whole image file",
                     hint="restore or delete the file",
                 )
-            yield ImageBatch(*(tensor.to(self.device, non_blocking=True) for tensor in answer))
+            tensors = [tensor.to(self.device, non_blocking=True) for tensor in answer]
+            yield ImageBatch(*tensors[:3], views=tensors[3:])

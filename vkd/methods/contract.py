@@ -13,6 +13,7 @@ from vkd.registry import Registry
 
 if TYPE_CHECKING:
     from vkd.divergences import Divergence
+    from vkd.models import FeatureShapes
 
 METHODS: Registry[type[Method]] = Registry("method")
 
@@ -22,11 +23,14 @@ class Output:
     """What a network said about one view of a batch.
 
     logits: [B, C], before softmax, float32 whatever precision the network ran in.
-    features: intermediate maps, first stage first, where the method asks for them (`needs_features`).
+    features: the map after each stage [B, c, h, w], first stage first, float32; empty unless the method asks for
+        features (`needs_features`).
+    embedding: the vector that enters the classifier [B, D], float32; None unless the method asks for features.
     """
 
     logits: Tensor
     features: list[Tensor] = field(default_factory=list)
+    embedding: Tensor | None = None
 
 
 @dataclass
@@ -67,8 +71,11 @@ class MethodContext:
     num_classes, train_size: C and the number of training images.
     epochs, steps_per_epoch: the length of training.
     student, teacher: the networks, to look at shapes only; the method must neither keep nor change them.
-    image_shape: (channels, height, width) of the images the networks see.
-    generator: the method's own stream of random numbers, for its draws; parameters are initialised from another one.
+    image_shape: (channels, height, width) of the images the student sees.
+    generator: the method's own stream of random numbers, for its draws, on the CPU; parameters are initialised from
+        another one.
+    student_features, teacher_features: shapes of what `Output` holds; None unless the method asks for features.
+    train_targets: labels of the training images by their index [train_size], int64, on the CPU.
     """
 
     divergence: Divergence | None
@@ -80,6 +87,9 @@ class MethodContext:
     teacher: nn.Module
     image_shape: tuple[int, int, int]
     generator: torch.Generator
+    student_features: FeatureShapes | None = None
+    teacher_features: FeatureShapes | None = None
+    train_targets: Tensor | None = None
 
 
 class Method(nn.Module, ABC):
@@ -95,10 +105,13 @@ class Method(nn.Module, ABC):
 
     uses_divergence: ClassVar[bool] = False
     """Whether the method compares distributions by the configured divergence."""
+    uses_temperature: ClassVar[bool] = True
+    """Whether it does so at the divergence's own temperature, rather than at temperatures of its own."""
     needs_features: ClassVar[bool] = False
-    """Whether `Output.features` must be filled."""
+    """Whether `Output.features` and `Output.embedding` must be filled."""
     views: ClassVar[int] = 1
-    """How many views of each image the method wants."""
+    """How many views of each image the method wants: `dataset.augmentation` makes the first, and
+    `dataset.view_augmentation` the others, which lie in `Batch.views`."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> dict[str, Tensor]:

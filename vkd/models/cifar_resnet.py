@@ -87,13 +87,7 @@ class CifarResNet(StagedNetwork):
             self.feature_info.append({"num_chs": widths[index + 1], "reduction": 2**index, "module": name})
         self.num_features = widths[-1]
         self._make_head(num_classes, global_pool)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward_stem(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] to [B, widths[0], H, W]."""
-        return self.act1(self.bn1(self.conv1(x)))
+        self._initialize_all()
 
 
 default_cfgs = generate_default_cfgs(

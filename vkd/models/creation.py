@@ -62,7 +62,7 @@ def create_model(
             if not pretrained:
                 raise ModelError(
                     f"timm cannot build {asked}: {_first_line(error)}",
-                    hint="another image size or network; networks called cifar_* take images of any size",
+                    hint="another image size or network; networks called cifar_resnet* take images of any size",
                 ) from error
             fault = "cannot be loaded"
             if _is_download_failure(error):
@@ -91,6 +91,12 @@ def input_normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[floa
     Where the network takes another number of channels than it was trained on, every channel gets the average.
     """
     return getattr(model, "pretrained_normalization", None)
+
+
+def pretrained_image_size(arch: str) -> tuple[int, int] | None:
+    """(height, width) of the images that pretrained weights of `arch` were trained on; None where there are none."""
+    cfg = get_pretrained_cfg(arch)
+    return None if cfg is None or not cfg.has_weights else tuple(cfg.input_size[-2:])
 
 
 def _check_sizes(num_classes: int, in_channels: int, image_size: tuple[int, int] | None) -> None:
@@ -159,7 +165,7 @@ def _check_output(model: nn.Module, asked: str, num_classes: int, input_size: tu
     except Exception as error:
         raise ModelError(
             f"network {asked} does not take images of {input_size[1]}x{input_size[2]} pixels: {_first_line(error)}",
-            hint="another image size or network; networks called cifar_* take images of any size",
+            hint="another image size or network; networks called cifar_resnet* take images of any size",
         ) from error
     finally:
         for module, training in modes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch.nn import functional
 from vkd.config import RecipeConfig
 from vkd.errors import TrainingError
 from vkd.methods import Batch, Combination, Output, Progress
+from vkd.models import Intermediates
 from vkd.randomness import derive_seed
+from vkd.training.forward import forward
 from vkd.training.optimization import Schedule, make_optimizer
 from vkd.training.precision import Precision
 
@@ -30,6 +32,7 @@ class Learner:
         cross_entropy_weight: weight of the cross-entropy with the labels.
         seed: of the run; dropout gets a stream of its own from it.
         device: where it trains.
+        intermediates: runs the student where the method asks for its features.
         compile: compile the student's forward pass.
     """
 
@@ -43,9 +46,11 @@ class Learner:
         cross_entropy_weight: float,
         seed: int,
         device: torch.device,
+        intermediates: Intermediates | None = None,
         compile: bool = False,
     ) -> None:
         self.student = student
+        self.intermediates = intermediates
         self.method = method
         self.recipe = recipe
         self.precision = precision
@@ -56,7 +61,7 @@ class Learner:
         self.schedule = Schedule(recipe, self.optimizer)
         self.average = None if recipe.ema_decay is None else ModelEmaV3(student, decay=recipe.ema_decay)
         if compile:
-            student.compile()
+            (student if intermediates is None else intermediates).compile()
         self._random_states = _seeded_states(derive_seed(seed, "dropout"), device)
         self.start_epoch_sums()
 
@@ -80,6 +85,7 @@ class Learner:
         targets: Tensor,
         indices: Tensor,
         progress: Progress,
+        views: Sequence[tuple[Tensor, Output | None]] = (),
     ) -> None:
         """Learn from one batch. Nothing in here waits for the device.
 
@@ -88,20 +94,23 @@ class Learner:
             teacher: the teacher's output on the same view; None in plain training.
             targets, indices: labels and positions in the training split, [B].
             progress: epoch and step.
+            views: images and the teacher's output on each further view that the method wants.
         """
         self.student.train()
         self.method.train()
         with self._own_randomness():
             with self.precision.autocast():
-                logits = self.student(images)
-            # Losses are computed in float32 whatever the networks run in: in half precision they overflow.
-            logits = logits.float()
-            terms = self._terms(Batch(Output(logits), teacher, targets, indices, progress))
+                student = forward(self.student, self.intermediates, images)
+                others = [
+                    (forward(self.student, self.intermediates, view), output)
+                    for view, output in views[: self.method.views - 1]
+                ]
+            terms = self._terms(Batch(student, teacher, targets, indices, progress, others))
             loss = sum(terms.values())
             self.precision.update(loss, self.optimizer, self.parameters, self.recipe.clip_grad_norm)
         if self.average is not None:
             self.average.update(self.student)
-        self._add_up(terms, logits, targets, progress.step)
+        self._add_up(terms, student.logits, targets, progress.step)
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         terms = {} if batch.teacher is None else self.method(batch)

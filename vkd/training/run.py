@@ -18,8 +18,8 @@ from vkd.config import TEACHERS_STUDY, Config, StudentConfig, fingerprint, run_i
 from vkd.data import Data, Normalization, load_data
 from vkd.divergences import make_divergence
 from vkd.errors import ConfigError
-from vkd.methods import Combination, MethodContext, make_method
-from vkd.models import count_parameters, create_model, save_weights
+from vkd.methods import METHODS, Combination, MethodContext, make_method
+from vkd.models import Intermediates, count_parameters, create_model, save_weights
 from vkd.randomness import derive_seed, generator
 from vkd.records.atomic import write_json_atomically
 from vkd.records.run_directory import DONE, FAILED, INTERRUPTED, RUNNING, RunDirectory
@@ -31,7 +31,15 @@ from vkd.training.measurement import Evaluator
 from vkd.training.optimization import Schedule, make_optimizer
 from vkd.training.precision import Precision
 from vkd.training.session import Record, Session
-from vkd.training.teacher import Teacher, freeze, open_teacher, open_weights, teacher_identity, teacher_normalization
+from vkd.training.teacher import (
+    Teacher,
+    freeze,
+    open_teacher,
+    open_untrained,
+    open_weights,
+    teacher_identity,
+    teacher_normalization,
+)
 from vkd.training.trainer import Trainer
 
 logger = logging.getLogger("vkd")
@@ -66,7 +74,8 @@ def run(config: Config, *, console: Console, should_stop: Callable[[], bool] = l
             hint="python -m vkd.train, without the launcher",
         )
     device = choose_device(config.device)
-    data = load_data(config.dataset, config.data_root, device=device, workers=config.workers)
+    views = max((METHODS[name].views for name in config.method), default=1)
+    data = load_data(config.dataset, config.data_root, device=device, workers=config.workers, views=views)
     for note in data.notes:
         logger.info("%s", note)
     return _Run(config, data, device, console, should_stop).do()
@@ -168,7 +177,7 @@ class _Run:
         opened, weights = None, None
         self._check_recipe(student)
         if not config.is_plain:
-            opened, weights = self._find_teacher()
+            opened, weights = self._find_teacher(student)
         identity = run_identity(config, data=data.identity, teacher=weights)
         group = fingerprint({key: value for key, value in identity.items() if key != "seed"})
         directory = directory_of(config, fingerprint(identity))
@@ -215,27 +224,34 @@ class _Run:
         config = self.config
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         student = student.to(self.device, memory_format=layout)
+        method, intermediates, teacher_intermediates = self._method(student, None if teacher is None else teacher.model)
+        if teacher is not None:
+            teacher.intermediates = teacher_intermediates
         return Learner(
             student,
-            self._method(student, teacher).to(self.device),
+            method.to(self.device),
             config.recipe,
             precision=Precision(config.precision, self.device),
             cross_entropy_weight=config.cross_entropy_weight,
             seed=config.seed,
             device=self.device,
+            intermediates=intermediates,
             compile=config.compile,
         )
 
-    def _find_teacher(self) -> tuple[_OpenedTeacher, dict[str, Any]]:
+    def _find_teacher(self, student: torch.nn.Module) -> tuple[_OpenedTeacher, dict[str, Any]]:
         """The teacher and what identifies it, training it first where nothing else gives it.
 
-        A trained teacher is identified by the run that trains it, a given one by its weights.
+        A trained teacher is identified by the run that trains it, a given one by its weights. Whether the method can
+        serve the pair is found out before a teacher is trained or measured.
         """
         config, data = self.config, self.data
         if config.teacher.is_given:
             opened = _open_given(config, data)
             weights = {"sha256": opened.sha256}
+            self._method(student, opened.model)
         else:
+            self._method(student, open_untrained(config, data))
             own = teacher_training_config(config)
             weights = {"fingerprint": fingerprint(run_identity(own, data=data.identity, teacher=None))}
             outcome = _Run(own, data, self.device, self.console, self.should_stop).do()
@@ -316,13 +332,25 @@ class _Run:
         if config.recipe.scheduler == "multistep" and late:
             logger.warning("the rate never drops at %s: training ends after epoch %d", late, config.recipe.epochs)
 
-    def _method(self, student: torch.nn.Module, teacher: Teacher | None) -> Combination:
+    def _method(
+        self, student: torch.nn.Module, teacher: torch.nn.Module | None
+    ) -> tuple[Combination, Intermediates | None, Intermediates | None]:
+        """How the student is taught, and what gives the features of student and teacher where that needs them.
+
+        Raises UserError where the method cannot serve this pair.
+        """
         config, data = self.config, self.data
         if teacher is None:
-            return Combination({})
+            return Combination({}), None, None
         divergence = None
         if config.divergence:
             divergence = make_divergence(**config.divergence)
+        image_shape = (data.channels, *data.image_size)
+        intermediates, teacher_intermediates = None, None
+        if any(METHODS[name].needs_features for name in config.method):
+            size = teacher_normalization(config.teacher, teacher, data).image_size or data.image_size
+            intermediates = Intermediates(student, image_shape, arch=config.student.arch)
+            teacher_intermediates = Intermediates(teacher, (data.channels, *size), arch=config.teacher.arch)
         context = MethodContext(
             divergence=divergence,
             num_classes=data.num_classes,
@@ -330,11 +358,14 @@ class _Run:
             epochs=config.recipe.epochs,
             steps_per_epoch=data.steps_per_epoch(config.recipe.batch_size, config.recipe.drop_last),
             student=student,
-            teacher=teacher.model,
-            image_shape=(data.channels, *data.image_size),
+            teacher=teacher,
+            image_shape=image_shape,
             generator=generator(config.seed, "method"),
+            student_features=None if intermediates is None else intermediates.shapes,
+            teacher_features=None if teacher_intermediates is None else teacher_intermediates.shapes,
+            train_targets=data.train_targets,
         )
-        return make_method(config.method, context, config.seed)
+        return make_method(config.method, context, config.seed), intermediates, teacher_intermediates
 
     def _epoch_done(self, directory: RunDirectory, tracker: Tracker, session: Session, line: dict[str, Any]) -> None:
         directory.write_metrics(session.history)

@@ -14,7 +14,16 @@ from vkd.config import Config, TeacherConfig
 from vkd.data import Data, Normalization
 from vkd.errors import ConfigError, ModelError
 from vkd.methods import Output
-from vkd.models import create_model, input_normalization, load_into, load_weights, weights_sha256
+from vkd.models import (
+    Intermediates,
+    create_model,
+    input_normalization,
+    load_into,
+    load_weights,
+    pretrained_image_size,
+    weights_sha256,
+)
+from vkd.training.forward import forward
 from vkd.training.measurement import split_logits
 from vkd.training.precision import Precision
 
@@ -30,6 +39,7 @@ class Teacher:
     saw_val: whether it was trained on the images of `val`: false, true or "unknown".
     accuracy: top-1 in percent on `val` (null without one) and `test`.
     logits: on every image of these splits, [N, C].
+    intermediates: runs the network where a method asks for its features; None for logits alone.
     """
 
     model: nn.Module
@@ -42,17 +52,18 @@ class Teacher:
     saw_val: bool | str
     accuracy: dict[str, float | None] = field(default_factory=dict)
     logits: dict[str, Tensor] = field(default_factory=dict)
+    intermediates: Intermediates | None = None
 
     def __call__(self, images: Tensor, student_images: Tensor) -> Output:
         """The output on a batch.
 
         Args:
             images: uint8 [B, channels, height, width].
-            student_images: the same, normalised for the student; taken as they are where both normalise alike.
+            student_images: the same, normalised for the student; taken as they are where both want them alike.
         """
         with torch.no_grad(), self.precision.autocast():
             inputs = student_images if self.shares_normalization else self.normalization(images)
-            return Output(self.model(inputs).float())
+            return forward(self.model, self.intermediates, inputs)
 
     def as_record(self) -> dict[str, Any]:
         """What `result.json` says about the teacher."""
@@ -65,12 +76,17 @@ class Teacher:
         }
 
 
+def open_untrained(config: Config, data: Data) -> nn.Module:
+    """The teacher's architecture with random weights. Raises ModelError when it does not fit the data set."""
+    return _create(config, data, pretrained=False)
+
+
 def open_weights(config: Config, data: Data, path: str | Path) -> tuple[nn.Module, str]:
     """The teacher's architecture with the weights of a file, and their sha256.
 
     Raises ModelError when they are missing, damaged or do not fit the data set's classes and channels.
     """
-    model = _create(config, data, pretrained=False)
+    model = open_untrained(config, data)
     load_into(model, load_weights(path), arch=config.teacher.arch, source=str(path))
     return model, weights_sha256(model.state_dict())
 
@@ -91,14 +107,21 @@ def _create(config: Config, data: Data, *, pretrained: bool) -> nn.Module:
         config.teacher.arch,
         num_classes=data.num_classes,
         in_channels=data.channels,
-        image_size=data.image_size,
+        image_size=_own_image_size(config.teacher) or data.image_size,
         pretrained=pretrained,
         seed=config.teacher.seed,
     )
 
 
+def _own_image_size(teacher: TeacherConfig) -> tuple[int, int] | None:
+    """(height, width) that the teacher wants its images in; None for that of the data."""
+    if teacher.image_size is not None:
+        return teacher.image_size, teacher.image_size
+    return pretrained_image_size(teacher.arch) if teacher.pretrained else None
+
+
 def teacher_normalization(teacher: TeacherConfig, model: nn.Module, data: Data) -> Normalization:
-    """How the teacher's input is normalised: by its config, else as its pretrained weights want, else as the data's.
+    """How the teacher's input is made: as its config says, else as its pretrained weights want, else as the data's.
 
     Raises ConfigError when only one of mean and std is given.
     """
@@ -110,7 +133,10 @@ def teacher_normalization(teacher: TeacherConfig, model: nn.Module, data: Data) 
         mean, std = own if own is not None else (None, None)
     if mean is None:
         mean, std = data.mean, data.std
-    return Normalization(mean, std, data.channels, key="teacher")
+    size = _own_image_size(teacher)
+    return Normalization(
+        mean, std, data.channels, image_size=None if size == tuple(data.image_size) else size, key="teacher"
+    )
 
 
 def freeze(
@@ -134,7 +160,8 @@ def freeze(
     teacher = Teacher(
         model=model,
         normalization=normalization,
-        shares_normalization=torch.equal(normalization.scale, shared.scale)
+        shares_normalization=normalization.image_size is None
+        and torch.equal(normalization.scale, shared.scale)
         and torch.equal(normalization.shift, shared.shift),
         precision=Precision(config.precision, device),
         arch=config.teacher.arch,
@@ -176,4 +203,5 @@ def teacher_identity(arch: str, normalization: Normalization, weights: Mapping[s
         normalization: the one in force (`teacher_normalization`), not the config's, which may leave it open.
         weights: {"sha256": ...} of its weights, or {"fingerprint": ...} of the run that trains it.
     """
-    return {"arch": arch, "mean": list(normalization.mean), "std": list(normalization.std), **weights}
+    resized = {} if normalization.image_size is None else {"image_size": list(normalization.image_size)}
+    return {"arch": arch, "mean": list(normalization.mean), "std": list(normalization.std), **resized, **weights}

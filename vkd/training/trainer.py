@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from vkd.config import RecipeConfig
 from vkd.data import Data, Normalization
 from vkd.errors import TrainingError
-from vkd.methods import Progress
+from vkd.methods import Output, Progress
 from vkd.training.interruption import Interrupted
 from vkd.training.session import Record, Session
 from vkd.training.teacher import Teacher
@@ -81,6 +82,7 @@ class Trainer:
         self.display = display
         self.should_stop = should_stop
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.views = max((session.learner.method.views for session in self.sessions), default=1)
         self.steps_per_epoch = data.steps_per_epoch(recipe.batch_size, recipe.drop_last)
         self._steps_of_this_process = 0
 
@@ -116,15 +118,15 @@ class Trainer:
             batch_size=self.recipe.batch_size,
             drop_last=self.recipe.drop_last,
             start_step=first_step,
+            views=self.views,
         )
         total = self.recipe.epochs * self.steps_per_epoch
         started, timed_images = time.perf_counter(), 0
         for step, batch in enumerate(batches, start=first_step + 1):
             progress = Progress(epoch, self.recipe.epochs, (epoch - 1) * self.steps_per_epoch + step, total)
-            images = self.normalization(batch.images).contiguous(memory_format=self.layout)
-            teacher_output = None if self.teacher is None else self.teacher(batch.images, images)
+            (images, teacher_output), *others = [self._view(view) for view in (batch.images, *batch.views)]
             for session in self.sessions:
-                session.learner.step(images, teacher_output, batch.targets, batch.indices, progress)
+                session.learner.step(images, teacher_output, batch.targets, batch.indices, progress, others)
             timed_images += len(batch.targets)
             self._steps_of_this_process += 1
             if self._steps_of_this_process == UNTIMED_STEPS:
@@ -138,6 +140,11 @@ class Trainer:
                 self._count_time(started, timed_images)
                 self._stop(epoch, step)
         self._count_time(started, timed_images)
+
+    def _view(self, pixels: Tensor) -> tuple[Tensor, Output | None]:
+        """One view of a batch, uint8 [B, C, H, W]: what the students see, and what the teacher says about it."""
+        images = self.normalization(pixels).contiguous(memory_format=self.layout)
+        return images, None if self.teacher is None else self.teacher(pixels, images)
 
     def _count_time(self, started: float, images: int) -> None:
         self._synchronize()
