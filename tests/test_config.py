@@ -342,6 +342,15 @@ def test_the_augmentation_of_further_views_is_not_in_the_fingerprint_where_no_me
         assert "view_augmentation" not in known["dataset"]
 
 
+def test_a_share_of_the_training_images_is_in_the_fingerprint_and_all_of_them_is_not():
+    def known(*words):
+        return run_identity(parse(compose_config(list(words))), data="x", teacher=None)["dataset"]
+
+    assert "train_fraction" not in known()
+    assert known("dataset.train_fraction=1.0") == known()
+    assert known("dataset.train_fraction=0.5")["train_fraction"] == 0.5
+
+
 def test_it_is_in_the_fingerprint_with_its_order_where_a_method_wants_them(two_views):
     crop, flip = ("crop", {"padding": 4}), ("flip", {})
     config = parse(compose_config(["dataset=cifar100"]))

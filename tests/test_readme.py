@@ -1,18 +1,26 @@
 """The README is a promise: its examples run as they stand, its commands compose."""
 
+import csv
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import TINY, read
+from timm.models import is_model
 
 import vkd.data.sources
 import vkd.divergences
 import vkd.methods
 from vkd.composition import compose_jobs, read_command_line
 from vkd.config import DatasetConfig, config_directory, parameters_of
+from vkd.methods import METHODS
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -81,6 +89,23 @@ def test_the_method_that_the_readme_adds_trains_with_any_divergence(forget):
         assert torch.isfinite(student.grad).all()
 
 
+def test_following_the_readme_word_for_word_adds_a_method_to_the_command(tmp_path):
+    (_, code), (_, config) = section("Add a method")
+    assert len((code + config).splitlines()) < 25
+    source = Path(vkd.methods.__file__).parents[1]
+    shutil.copytree(source, tmp_path / "vkd", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(config_directory(), tmp_path / "conf")
+    (tmp_path / "vkd" / "methods" / "confident_kd.py").write_text(code, encoding="utf-8")
+    (tmp_path / "conf" / "method" / "confident_kd.yaml").write_text(config, encoding="utf-8")
+    words = [*TINY, "-m", "divergence=abkd,js", "method=[kd,confident_kd]"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "vkd.train", *words], check=True, cwd=tmp_path, env=environment)
+    results = [read(path) for path in (tmp_path / "runs" / "digits").rglob("result.json")]
+    assert sorted(result["divergence"]["name"] for result in results) == ["abkd", "js"]
+    for result in results:
+        assert result["method"]["confident_kd"] == {"weight": 1.0}
+
+
 def test_the_data_set_that_the_readme_adds_loads(forget, tmp_path):
     forget(vkd.data.sources.SOURCES, "shapes")
     (_, code) = section("Add a data set")[-1]
@@ -104,6 +129,31 @@ def test_every_training_command_of_the_readme_composes(command, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert compose_jobs(*read_command_line(shlex.split(command)[3:])) >= 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readmes_column_of_published_figures_is_that_of_the_files():
+    with (config_directory().parent / "results" / "published" / "classification.csv").open(encoding="utf-8") as file:
+        pair = ("cifar_resnet56", "cifar_resnet20")
+        figures = {
+            line["method"]: line["top1"]
+            for line in csv.DictReader(file)
+            if (line["teacher"], line["student"]) == pair and line["dataset"] == "cifar100"
+        }
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d.-]+)(?: \(480 epochs\))? \| `", README, flags=re.MULTILINE)
+    assert {name for name, _ in rows} == set(METHODS)
+    assert {name: figure for name, figure in rows if figure != "-"} == {
+        name: figure for name, figure in figures.items() if name in METHODS
+    }
+
+
+def test_the_readme_names_every_network_pair_and_experiment_of_the_literature():
+    for path in (config_directory() / "pair").glob("*.yaml"):
+        assert path.stem.startswith("digits") or f"`{path.stem}`" in README, path.stem
+    for path in (config_directory() / "experiment" / "cifar100").glob("*.yaml"):
+        assert f"`{path.stem}`" in README, path.stem
+    for prefix, names in re.findall(r"`cifar_(\w*){([\w,]+)}`", README):
+        for name in names.split(","):
+            assert is_model(f"cifar_{prefix}{name}")
 
 
 def test_the_readme_names_every_choice_of_method_divergence_and_recipe():

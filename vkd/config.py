@@ -51,7 +51,9 @@ class DatasetConfig:
     root: folder of an image folder data set; null where the data root is enough.
     mean, std: normalisation per channel, for pixels in [0, 1].
     val_fraction: share of train that is carved off, per class, for selection; 0 means no selection.
-    split_seed: seed of that split; the same for every run, whatever its own seed.
+    train_fraction: share of the rest of train that is learnt from, per class, for studies with few images; by a teacher
+        that vkd trains too.
+    split_seed: seed of these splits; the same for every run, whatever its own seed.
     augmentation: name of each augmentation of the training images, in order, with its options.
     view_augmentation: augmentation of the further views of a training image, where a method asks for several.
     image_size: side in pixels to which images of a folder are cut; null for packed data, which keep theirs.
@@ -64,6 +66,7 @@ class DatasetConfig:
     mean: list[float] = MISSING
     std: list[float] = MISSING
     val_fraction: float = 0.1
+    train_fraction: float = 1.0
     split_seed: int = 0
     augmentation: dict[str, Any] = field(default_factory=dict)
     view_augmentation: dict[str, Any] = field(default_factory=dict)
@@ -641,6 +644,8 @@ def run_identity(
 
     dataset = dataclasses.asdict(config.dataset)
     del dataset["root"]
+    if dataset["train_fraction"] == 1:
+        del dataset["train_fraction"]  # it decides nothing
     # A mapping's order is not part of a fingerprint; that of augmentations decides the pixels.
     for name in ("augmentation", "view_augmentation"):
         dataset[name] = list(dataset[name].items())

@@ -53,6 +53,7 @@ _KEYS = [
     ("cross_entropy_weight=0.1", "of the labels, beside method.kd.weight=0.9"),
     ("recipe.epochs=...", "and recipe.batch_size, .optimizer, .learning_rate, .scheduler, .clip_grad_norm, .ema_decay"),
     ("dataset.val_fraction=0.1", "carved from train for selection; 0: no selection, all of train"),
+    ("dataset.train_fraction=1", "share of the training images to learn from, per class"),
     ("runs_root=runs", "and data_root=data; results_root=results is for vkd.collect"),
     ("compile, channels_last", "true or false; speed only"),
 ]

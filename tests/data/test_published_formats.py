@@ -295,6 +295,15 @@ def test_an_archive_that_would_write_elsewhere_is_refused(write, load, tmp_path)
     assert tarfile.TarFile.extraction_filter is None
 
 
+def test_a_python_that_cannot_check_where_an_archive_writes_unpacks_none_without_an_md5(
+    write, load, tmp_path, monkeypatch
+):
+    monkeypatch.delattr(tarfile, "data_filter", raising=False)
+    write("fgvc_aircraft")
+    pack(tmp_path / "data", "fgvc_aircraft")
+    assert "unpacks archives without a check" in fails(load, "fgvc_aircraft")
+
+
 # Nothing there, or half of it
 
 

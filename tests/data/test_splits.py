@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vkd.data import stratified_split
+from vkd.data import load_data, stratified_split
+from vkd.errors import ConfigError
 
 LABELS = np.random.RandomState(0).randint(0, 7, 500).astype(np.int64)
 
@@ -64,3 +66,29 @@ def test_images_added_to_one_class_leave_the_split_of_the_others():
 def test_an_impossible_fraction_is_refused(fraction):
     with pytest.raises(ValueError, match="fraction"):
         stratified_split(LABELS, fraction, 0)
+
+
+def test_a_share_of_the_training_images_is_stratified_nested_and_leaves_val_and_test_alone(config, write_packed):
+    write_packed(count=200)
+    root = write_packed(split="test", count=20).parent.parent
+
+    def load(fraction):
+        return load_data(config("mine", val_fraction=0.1, train_fraction=fraction), root, device=torch.device("cpu"))
+
+    whole, part, tenth = load(1.0), load(0.4), load(0.1)
+    assert (whole.train_size, part.train_size, tenth.train_size) == (180, 72, 20)
+    assert torch.equal(torch.bincount(part.train_targets), torch.bincount(whole.train_targets) * 2 // 5)
+    pixels = [{image.numpy().tobytes() for image in data.images("train")} for data in (whole, part, tenth)]
+    assert pixels[0] > pixels[1] > pixels[2]
+    for data in (part, tenth):
+        assert torch.equal(data.images("val"), whole.images("val"))
+        assert torch.equal(data.images("test"), whole.images("test"))
+    assert "72 of 180 training images are used (dataset.train_fraction)" in part.notes
+
+
+@pytest.mark.parametrize("fraction", [0, -0.5, 1.1])
+def test_an_impossible_share_of_the_training_images_is_refused(config, write_packed, fraction):
+    root = write_packed().parent.parent
+    write_packed(split="test")
+    with pytest.raises(ConfigError, match=r"dataset\.train_fraction"):
+        load_data(config("mine", train_fraction=fraction), root, device=torch.device("cpu"))

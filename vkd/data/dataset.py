@@ -42,10 +42,19 @@ def load_data(
             expected="the share of train to select on, or 0 for no selection",
             hint="dataset.val_fraction=0.1",
         )
+    if not 0 < config.train_fraction <= 1:
+        raise ConfigError(
+            f"dataset.train_fraction={config.train_fraction} is outside (0, 1]",
+            expected="the share of the training images to learn from, or 1 for all of them",
+            hint="dataset.train_fraction=1",
+        )
     if workers < 0:
         raise ConfigError(f"workers={workers}", expected="0 or more processes")
     source = load_source(config, Path(data_root).expanduser())
     splits, notes = _split(source, config)
+    if config.train_fraction < 1:
+        splits["train"], note = _share(splits["train"], config)
+        notes.append(note)
     resident = isinstance(source.train, ImageArrays)
     channels, image_size = source.train.images.shape[3] if resident else 3, _image_size(source.train, config)
     normalization = Normalization(config.mean, config.std, channels)
@@ -87,6 +96,15 @@ def _image_size(train: Images, config: DatasetConfig) -> tuple[int, int]:
             hint="dataset.image_size=null",
         )
     return height, width
+
+
+def _share(train: Images, config: DatasetConfig) -> tuple[Images, str]:
+    """`dataset.train_fraction` of the training images, at least one of each class, and what to say about it."""
+    alone = np.bincount(train.labels)[train.labels] == 1
+    _, chosen = stratified_split(train.labels, config.train_fraction, config.split_seed)
+    chosen = np.union1d(chosen, np.flatnonzero(alone))
+    note = f"{len(chosen):,} of {len(train.labels):,} training images are used (dataset.train_fraction)"
+    return train.subset(chosen), note
 
 
 def _split(source: Source, config: DatasetConfig) -> tuple[dict[str, Images], list[str]]:

@@ -143,7 +143,7 @@ class Original:
         with _temporary_folder(root) as folder:
             lacking = [archive for archive, md5 in self.archives.items() if not self._offer(root, folder, archive, md5)]
             try:
-                with _timeout(), _safe_unpacking():
+                with _timeout(), _safe_unpacking(checked=None not in self.archives.values()):
                     for arguments in self.parts.values():
                         self.reader(str(folder), **arguments, download=True)
             except Exception as error:  # whatever the network, an archive and torchvision's parsers may raise
@@ -234,11 +234,23 @@ def _timeout() -> Iterator[None]:
 
 
 @contextmanager
-def _safe_unpacking() -> Iterator[None]:
-    """Keeps archives, some of which have no md5 to check, from writing outside their folder; torchvision does not."""
-    if not hasattr(tarfile, "data_filter"):  # Python before 3.10.12 and 3.11.4
-        yield
-        return
+def _safe_unpacking(*, checked: bool) -> Iterator[None]:
+    """Keeps archives from writing outside their folder; torchvision does not.
+
+    Args:
+        checked: every archive has an md5, which vouches for it on a Python that cannot do that.
+
+    Raises DataError on such a Python where one has none.
+    """
+    if not hasattr(tarfile, "data_filter"):
+        if checked:
+            yield
+            return
+        raise DataError(
+            "this Python unpacks archives without a check of where they write to",
+            expected="Python 3.10.12, 3.11.4 or any later one",
+            hint="unpack the archive by hand, into the data root",
+        )
     before = tarfile.TarFile.extraction_filter
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:

@@ -397,6 +397,7 @@ class _Run:
                 "name": data.name,
                 "identity": data.identity,
                 "val_fraction": config.dataset.val_fraction,
+                **({} if config.dataset.train_fraction == 1 else {"train_fraction": config.dataset.train_fraction}),
                 "classes": data.num_classes,
                 **{split: data.sizes.get(split, 0) for split in ("train", "val", "test")},
             },
