@@ -135,6 +135,8 @@ def test_help_is_a_page_and_no_error(capsys):
     out = capsys.readouterr().out
     for key in ("study=", "metric=", "runs_root=", "results_root=", "published=", "published_rows="):
         assert key in out
+    for reason in ("dataset.val_fraction is", "dataset.train_fraction is", "epochs are not known"):
+        assert reason in out
 
 
 def test_on_a_terminal_the_table_is_shown_as_one_and_fits(study, monkeypatch, capsys):
@@ -173,7 +175,8 @@ def published_study(tmp_path, monkeypatch):
     pair = {"dataset": "cifar100", "teacher": "cifar_resnet56", "student": "cifar_resnet20"}
     for seed, top1 in enumerate((70.0, 71.0), 1):
         content = result(seed=seed, top1=top1, recipe={"epochs": 240}, study="pair", **pair)
-        content["dataset"]["val_fraction"] = 0.0
+        content["recipe"]["learning_rate"] = 0.05
+        content["dataset"] |= {"val_fraction": 0.0, "train": 50_000, "test": 10_000, "classes": 100}
         content["teacher"] |= {"source": "checkpoint", "accuracy": {"val": None, "test": 72.34}}
         write_run(tmp_path / "runs", content)
     return tmp_path
@@ -193,12 +196,13 @@ def test_published_figures_stand_beside_ours_without_being_asked_for(published_s
 
 def test_own_published_figures_can_be_added_and_all_can_be_left_out(published_study, capsys):
     (published_study / "mine.csv").write_text(
-        "dataset,teacher,student,label,method,divergence,top1,source\n"
-        "cifar100,cifar_resnet56,cifar_resnet20,KD,kd,fkld,71.25,a colleague\n"
+        "dataset,teacher,student,label,method,divergence,top1,source,epochs\n"
+        "cifar100,cifar_resnet56,cifar_resnet20,KD,kd,fkld,71.25,a colleague,240\n"
     )
     assert main(["study=pair", "published=results/published,mine.csv"]) == 0
     out = capsys.readouterr().out
     assert "70.66 / 71.25" in out
+    assert "-0.16 / -0.75" in out
     assert "    python -m vkd.collect study=pair published=results/published,mine.csv\n" in out
     assert main(["study=pair", "published=mine.csv"]) == 0
     assert "70.66" not in capsys.readouterr().out
@@ -212,12 +216,17 @@ def test_own_published_figures_can_be_added_and_all_can_be_left_out(published_st
     [
         (["published=nowhere.csv"], "there is no nowhere.csv"),
         (["published=wrong.csv"], "wrong.csv, line 2: top1 = 'seventy'"),
+        (["published=misspelt.csv"], "try: divergence.temperature=..."),
         (["published_rows=maybe"], "published_rows=maybe is no switch"),
         (["publishd=none"], "try: published=none"),
     ],
 )
 def test_wrong_words_for_published_figures_are_a_message_and_leave_nothing(published_study, words, message, capsys):
     (published_study / "wrong.csv").write_text("dataset,student,label,method,top1,source\nd,s,x,none,seventy,x\n")
+    (published_study / "misspelt.csv").write_text(
+        "dataset,teacher,student,label,method,divergence,settings,top1,source\n"
+        "d,t,s,KD,kd,fkld,divergence.temprature=4,70,x\n"
+    )
     assert main(["study=pair", *words]) == 2
     error = capsys.readouterr().err
     assert message in error

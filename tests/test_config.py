@@ -326,6 +326,24 @@ def test_every_key_is_known_to_the_one_who_explains_keys():
     assert OPEN_KEYS[0] == "divergence"
 
 
+@pytest.mark.parametrize(
+    ("method", "weight"),
+    [("kd", 0.1), ("lsd", 0.1), ("ctkd", 0.1), ("mlkd", 0.1), ("dkd", 1), ("at", 1), ("[kd,at]", 1), ("[kd,lsd]", 0.1)],
+)
+def test_the_cross_entropy_has_the_weight_that_the_literature_gives_it_beside_the_method(method, weight):
+    assert parse(compose_config([f"method={method}"])).cross_entropy_weight == weight
+    assert parse(compose_config([f"method={method}", "cross_entropy_weight=0.4"])).cross_entropy_weight == 0.4
+
+
+@pytest.mark.parametrize(
+    "word", ["method.at.weight=-3", "method.dkd.warmup_epochs=-3", "method.dkd.nontarget_weight=-0.5"]
+)
+def test_a_negative_weight_or_warm_up_of_a_method_is_refused(word):
+    key, _, value = word.partition("=")
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)} = {value}(\.0)? is negative"):
+        parse(compose_config([f"method={key.split('.')[1]}", word]))
+
+
 @pytest.fixture
 def two_views(monkeypatch):
     """Knowledge distillation as a method that wants two views of each image."""

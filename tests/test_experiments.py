@@ -181,7 +181,7 @@ def test_the_words_for_other_pairs_are_right_ones(name, experiments):
         (
             "dist",
             1.0,
-            {"dist": {"inter_weight": 2, "intra_weight": 2, "temperature": 4}},
+            {"dist": {"inter_weight": 2, "intra_weight": 2, "temperature": 4, "temperature_squared": True}},
             {},
         ),
         (

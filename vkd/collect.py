@@ -41,8 +41,9 @@ over seeds (number of seeds) and the differences to the plain student and to KD.
 seed are never averaged. A run that failed, was cut off or is damaged is a hole, listed with its reason.
 
 For test/top1, what others report for a data set, a teacher, a student and a method stands beside ours, with ours minus
-theirs; `§` marks what does not compare, since the epochs or the teacher are not theirs or dataset.val_fraction is
-not 0, and the notes say why. The format of such files: results/published/README.md.
+theirs; `§` marks what does not compare, since the recipe, the size of the data set or the teacher's accuracy are not
+theirs, their epochs are not known, dataset.val_fraction is not 0 or dataset.train_fraction is not 1, and the notes say
+which. The format of such files: results/published/README.md.
 
 Exit status: 0, also with holes; 2 when there is nothing to collect or the command is wrong; 130 when asked to stop.
 """

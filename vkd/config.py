@@ -181,7 +181,8 @@ class Config:
     teacher: null for plain training.
     method: name of each method with its parameters; empty for plain training.
     divergence: its name, temperature and own parameters; empty where no method uses one.
-    cross_entropy_weight: weight of the cross-entropy with the labels; plain training always has 1.
+    cross_entropy_weight: weight of the cross-entropy with the labels; null: the one that the literature has beside the
+        method, the largest of them in a sum; plain training always has 1.
     workers: processes that decode images of a folder.
     evaluation_batch_size: images a batch when measuring.
     compile, channels_last: switches of speed that leave the results alone but for rounding.
@@ -200,7 +201,7 @@ class Config:
     student: StudentConfig = field(default_factory=StudentConfig)
     method: dict[str, Any] = field(default_factory=dict)
     divergence: dict[str, Any] = field(default_factory=dict)
-    cross_entropy_weight: float = 1.0
+    cross_entropy_weight: float | None = None
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     workers: int = 2
@@ -460,7 +461,13 @@ def _typed_method(method: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     from vkd.methods import METHODS
 
     # In one order, since that of a sum decides its last digits and says nothing else.
-    return {name: typed_parameters(METHODS[name], method[name], where=f"method.{name}") for name in sorted(method)}
+    typed = {name: typed_parameters(METHODS[name], method[name], where=f"method.{name}") for name in sorted(method)}
+    for name, parameters in typed.items():
+        for key, value in parameters.items():
+            # A negative weight would drive the student away from the teacher, and say so nowhere.
+            positive = not key.endswith(("weight", "epochs")) or value >= 0
+            _require(positive, f"method.{name}.{key} = {value} is negative", "0 or more")
+    return typed
 
 
 def _typed_divergence(divergence: Mapping[str, Any]) -> dict[str, Any]:
@@ -542,6 +549,8 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
         config.teacher = None
         config.cross_entropy_weight = 1.0
     else:
+        if config.cross_entropy_weight is None:
+            config.cross_entropy_weight = max(METHODS[name].cross_entropy_weight for name in config.method)
         _require(config.teacher is not None, "teacher is null", "a teacher, or method=none", "teacher.arch=...")
     _require(
         math.isfinite(config.cross_entropy_weight) and config.cross_entropy_weight >= 0,

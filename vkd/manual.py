@@ -50,7 +50,7 @@ _KEYS = [
     ("teacher.checkpoint=null", "weights of the teacher, .safetensors or .pth; null: vkd trains it, once"),
     ("teacher.pretrained=false", "timm's pretrained weights"),
     ("divergence.temperature=4.0", "softens both distributions"),
-    ("cross_entropy_weight=0.1", "of the labels, beside method.kd.weight=0.9"),
+    ("cross_entropy_weight=null", "of the labels; null: the literature's beside the method, 0.1 for kd"),
     ("recipe.epochs=...", "and recipe.batch_size, .optimizer, .learning_rate, .scheduler, .clip_grad_norm, .ema_decay"),
     ("dataset.val_fraction=0.1", "carved from train for selection; 0: no selection, all of train"),
     ("dataset.train_fraction=1", "share of the training images to learn from, per class"),

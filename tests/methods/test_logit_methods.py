@@ -148,3 +148,14 @@ def test_a_term_is_proportional_to_its_weight_and_to_no_other(name, weights):
         changed = method(name, **{weight: 3.0 if weight == chosen else 1.0 for weight in weights})(example())
         for other, value in changed.items():
             torch.testing.assert_close(value, one[other] * (3.0 if other == term else 1.0))
+
+
+@pytest.mark.parametrize("name", ["dist", "mlkd"])
+def test_without_temperature_squared_a_term_is_smaller_by_the_square_of_its_temperature(name):
+    logits = random_logits(4, 6, 5)
+    told = batch(*logits[:2], further=[(logits[2], logits[3])]) if name == "mlkd" else batch(*logits[:2])
+    own = {"temperatures": [3.0]} if name == "mlkd" else {"temperature": 3.0}
+    with_it, without = (method(name, temperature_squared=switch, **own)(told) for switch in (True, False))
+    for term in with_it:
+        scale = 1 if term in ("batch", "class") else 9
+        assert with_it[term].item() == pytest.approx(scale * without[term].item(), rel=1e-5)

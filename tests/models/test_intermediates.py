@@ -47,7 +47,8 @@ def test_logits_and_gradients_are_those_of_the_network_alone(arch, training):
     torch.manual_seed(3)
     expected = alone.train(training)(images())
     torch.manual_seed(3)
-    logits, _, _ = found(images()) if tapped.train(training) is tapped else None
+    tapped.train(training)
+    logits, _, _ = found(images())
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     expected.square().sum().backward()
     logits.square().sum().backward()
@@ -102,6 +103,38 @@ def test_a_network_whose_logits_do_not_come_from_its_features_is_refused():
     model.forward = lambda batch: torch.ones(len(batch), 5)
     with pytest.raises(ModelError, match="logits differ"):
         Intermediates(model, (3, 32, 32), arch="cifar_resnet8")
+
+
+def test_a_classifier_that_starts_at_zero_does_not_hide_that_the_features_are_others():
+    model = network("cifar_resnet8")
+    nn.init.zeros_(model.fc.weight)
+    nn.init.zeros_(model.fc.bias)
+    Intermediates(model, (3, 32, 32), arch="cifar_resnet8")
+    forward = model.forward_intermediates
+
+    def doubled(batch, indices=None):
+        last, maps = forward(batch, indices=indices)
+        return 2 * last, maps
+
+    model.forward_intermediates = doubled
+    with pytest.raises(ModelError, match="logits differ"):
+        Intermediates(model, (3, 32, 32), arch="cifar_resnet8")
+
+
+def test_compiling_compiles_what_the_features_come_from(monkeypatch):
+    compiled = []
+
+    def compile(run):
+        compiled.append(run)
+        return lambda *arguments, **options: run(*arguments, **options)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = network("cifar_resnet8").eval()
+    found = Intermediates(model, (3, 32, 32), arch="cifar_resnet8")
+    expected = found(images())[0]
+    found.compile()
+    assert compiled == [model.forward_intermediates]
+    assert torch.equal(found(images())[0], expected)
 
 
 @pytest.mark.parametrize("arch", ["convnext_atto", "deit_tiny_distilled_patch16_224"])

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import re
 from collections import Counter
@@ -9,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from records.studies import result
-from vkd.config import config_directory
+from vkd.config import DatasetConfig, RecipeConfig, config_directory
 from vkd.errors import UserError
 from vkd.records.grouping import build_table
 from vkd.records.published import (
@@ -107,6 +108,21 @@ def test_published_settings_are_those_of_the_papers(figures):
     assert setting("method.dkd.nontarget_weight", label="DKD", teacher="cifar_resnet56") == {2.0}
 
 
+def test_the_recipe_behind_240_epochs_is_stated_and_no_other(figures):
+    slower = {"cifar_mobilenetv2_half", "cifar_shufflenet_v1", "cifar_shufflenet_v2"}
+    for figure in figures:
+        if figure.epochs != 240 or figure.method == "teacher":
+            assert figure.recipe == ()
+            continue
+        assert dict(figure.recipe) == {
+            "recipe.batch_size": 64.0,
+            "recipe.optimizer": "momentum",
+            "recipe.learning_rate": 0.01 if figure.student in slower else 0.05,
+            "recipe.momentum": 0.9,
+            "recipe.weight_decay": 0.0005,
+        }
+
+
 def test_every_published_method_and_divergence_is_a_word_of_vkd(figures):
     methods = {path.stem for path in (CONF / "method").glob("*.yaml")} | {"teacher"}
     divergences = {path.stem for path in (CONF / "divergence").glob("*.yaml")}
@@ -126,6 +142,8 @@ def test_a_label_stands_for_one_method_and_labels_without_a_method_have_none(fig
 
 
 def test_every_published_setting_is_a_key_of_its_method(figures):
+    names = {field.name for field in dataclasses.fields(RecipeConfig)}
+    assert {name for figure in figures for name, _ in figure.recipe} <= {f"recipe.{name}" for name in names}
     for name, method in {(name, figure.method) for figure in figures for name, _ in figure.settings}:
         if name.startswith("method."):
             _, own, key = name.split(".")
@@ -207,6 +225,20 @@ HEADER = "dataset,teacher,student,label,method,divergence,alpha,beta,settings,to
         (f"{HEADER}\na,b,c,ITRD,,fkld,,,,70,x,240,last,test\n", "divergence fkld without a method"),
         (f"{HEADER}\na,,c,KD,kd,fkld,,,,70,x,240,last,test\n", "teacher is empty"),
         (f"{HEADER},drop_last\na,b,c,KD,kd,fkld,,,,70,x,240,last,test,yes\n", "drop_last = 'yes'"),
+        (f"{HEADER}\na,b,c,KD,kd+,fkld,,,,70,x,240,last,test\n", "method = 'kd+'"),
+        (f"{HEADER}\na,b,c,KD,kd+kd,fkld,,,,70,x,240,last,test\n", "different ones with + between"),
+        (f"{HEADER}\na,b,c,KD,none+kd,fkld,,,,70,x,240,last,test\n", "method = 'none+kd'"),
+        (f"{HEADER}\na,b,c,KD,kd,fkld,,,divergence.temprature=4,70,x,240,last,test\n", "try: divergence.temperature="),
+        (f"{HEADER}\na,b,c,KD,kd,fkld,,,method.weight=4,70,x,240,last,test\n", "settings: the column takes no key"),
+        (f"{HEADER}\na,b,c,KD,kd,fkld,,,cross_entropy=1,70,x,240,last,test\n", "try: cross_entropy_weight="),
+        (f"{HEADER}\na,b,c,KD,kd,fkld,,,recipe.lr=1 recipe.lr=2,70,x,240,last,test\n", "each key once"),
+        (f"{HEADER},recipe\na,b,c,KD,kd,fkld,,,,70,x,240,last,test,recipe.learning_rat=1\n", "recipe.learning_rate="),
+        (f"{HEADER},recipe\na,b,c,KD,kd,fkld,,,,70,x,240,last,test,dataset.val=0.1\n", "dataset.val_fraction="),
+        (
+            f"{HEADER},recipe\na,b,c,KD,kd,fkld,,,,70,x,240,last,test,method.kd.weight=1\n",
+            "line 2: recipe: the column takes no",
+        ),
+        (f"{HEADER},recipe\na,b,c,KD,kd,fkld,,,,70,x,240,last,test,recipe.epochs=9\n", "a column of their own"),
         (f'{HEADER}\n"a,b\n', "no CSV file in UTF-8"),
         (b"\xff\xfe\x00", "no CSV file in UTF-8"),
     ],
@@ -226,6 +258,56 @@ def test_a_file_with_the_columns_that_matter_alone_is_enough(tmp_path):
     (figure,) = read_published(path)
     assert (figure.dataset, figure.student, figure.method, figure.top1) == ("digits", "net", "none", 91.5)
     assert (figure.epochs, figure.epoch_reported, figure.drop_last, figure.settings) == (None, "unknown", None, ())
+
+
+def read_one(tmp_path, **cells):
+    """The figure that a file with these cells holds, the other columns filled."""
+    cells = {
+        "dataset": "cifar100",
+        "teacher": "cifar_resnet56",
+        "student": "cifar_resnet20",
+        "label": "A",
+        "top1": "70.0",
+        "source": "x",
+        "epochs": "240",
+        **cells,
+    }
+    with (tmp_path / "mine.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([cells.keys(), cells.values()])
+    (figure,) = read_published(tmp_path / "mine.csv")
+    return figure
+
+
+def test_every_key_that_decides_training_can_be_stated_and_of_a_methods_the_form_is_enough(tmp_path):
+    from vkd.config import parameters_of
+    from vkd.divergences import DIVERGENCES
+
+    recipe = [f"recipe.{field.name}" for field in dataclasses.fields(RecipeConfig) if field.name != "epochs"]
+    data = [f"dataset.{field.name}" for field in dataclasses.fields(DatasetConfig)]
+    options = ["recipe.optimizer_options.nesterov", "dataset.augmentation.random_crop.padding"]
+    own = {name for divergence in DIVERGENCES for name in parameters_of(DIVERGENCES[divergence])} - {
+        "mask",
+        "reduction",
+    }
+    losses = ["cross_entropy_weight", "method.mine.weight", "divergence.name", *(f"divergence.{name}" for name in own)]
+    words = " ".join(f"{name}=1" for name in recipe + data + options)
+    figure = read_one(tmp_path, method="mine", recipe=words, settings=f"{words} {' '.join(f'{n}=1' for n in losses)}")
+    assert [name for name, _ in figure.recipe] == recipe + data + options
+    assert [name for name, _ in figure.settings] == recipe + data + options + losses
+
+
+def test_values_are_read_as_runs_record_them(tmp_path):
+    words = "recipe.milestones=[150,180] recipe.clip_grad_norm=null recipe.optimizer=sgd recipe.drop_last=true"
+    figure = read_one(tmp_path, method="kd", divergence="fkld", recipe=words)
+    content = result(recipe={"milestones": [150, 180], "clip_grad_norm": None, "optimizer": "sgd", "drop_last": True})
+    parameters = Run("x", "done", "", content).parameters
+    assert dict(figure.recipe) == {name: parameters[name] for name, _ in figure.recipe}
+
+
+@pytest.mark.parametrize("words", ["kd+at+crd", "at+kd+crd", "crd + at + kd"])
+def test_a_sum_of_methods_stands_beside_ours_in_any_order(words, tmp_path):
+    table = make(*student("at+crd+kd"), figures=[read_one(tmp_path, method=words, divergence="fkld")])
+    assert shown(table)[1] == ("70.00", "+0.50")
 
 
 def test_figures_are_found_by_file_by_folder_and_by_several_names(tmp_path, monkeypatch):
@@ -249,18 +331,19 @@ def student(
     method="kd", divergence="fkld", tops=(70.0, 71.0), *, epochs=240, val_fraction=0.0, source="checkpoint", **settings
 ):
     """Runs of resnet56 -> resnet20 on CIFAR-100 with the published protocol, or what the arguments make of it."""
-    accuracy = settings.pop("accuracy", 72.34)
-    temperature = settings.pop("temperature", 4.0)
+    accuracy, data = settings.pop("accuracy", 72.34), settings.pop("data", {})
+    temperature, learning_rate = settings.pop("temperature", 4.0), settings.pop("learning_rate", 0.05)
     defaults = {"dataset": "cifar100", "teacher": "cifar_resnet56", "student": "cifar_resnet20"}
     runs = []
     for seed, top1 in enumerate(tops, 1):
-        run = result(method, divergence, seed=seed, top1=top1, recipe={"epochs": epochs}, **{**defaults, **settings})
-        run["dataset"]["val_fraction"] = val_fraction
+        recipe = {"epochs": epochs, "learning_rate": learning_rate}
+        run = result(method, divergence, seed=seed, top1=top1, recipe=recipe, **{**defaults, **settings})
+        run["dataset"] |= {"val_fraction": val_fraction, "train": 50_000, "test": 10_000, "classes": 100, **data}
         if run["teacher"]:
             run["teacher"] |= {"source": source, "accuracy": {"val": None, "test": accuracy}}
         if run["divergence"]:
             run["divergence"]["temperature"] = temperature
-        different = f"{epochs} {val_fraction} {temperature} {source}"
+        different = f"{epochs} {val_fraction} {temperature} {source} {data}"
         runs.append(run | {"group": run["group"] + different, "fingerprint": run["fingerprint"] + different})
     return runs
 
@@ -328,7 +411,8 @@ def test_ours_theirs_and_the_difference_stand_beside_each_other():
     ],
 )
 def test_a_figure_of_anything_else_leaves_every_form_as_it_was_to_the_byte(other):
-    contents = [*student("none", None, teacher="x"), *student(), *student("kd", "abkd", point=(0.8, 0.4))]
+    trained = student(source="trained")
+    contents = [*student("none", None, teacher="x"), *trained, *student("kd", "abkd", point=(0.8, 0.4))]
     bare, table = make(*contents), make(*contents, figures=[TEACHER, other])
     assert to_markdown(table) == to_markdown(bare)
     assert to_csv(table) == to_csv(bare)
@@ -344,22 +428,94 @@ def test_alpha_and_beta_are_part_of_what_a_figure_belongs_to():
     assert lines(table)[0]["published_top1"] == "72.0"
 
 
+LEARNT = "and published students learn from all images outside test"
+RECIPE = (("recipe.learning_rate", 0.05), ("recipe.batch_size", 64.0))
+
+
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "stated", "reason"),
     [
-        ({"epochs": 20}, "recipe.epochs 20 here, 240 there"),
-        ({"val_fraction": 0.1}, "dataset.val_fraction 0.1 here, and published students learn from all of train"),
-        ({"source": "trained"}, "the teacher here is one that vkd trained, not the published one"),
-        ({"accuracy": 71.2}, "the teacher has 71.20 here, 72.34 there"),
-        ({"accuracy": 73.5}, "the teacher has 73.50 here, 72.34 there"),
+        ({"epochs": 20}, {}, "recipe.epochs 20 here, 240 there"),
+        ({}, {"epochs": None}, "the epochs behind the published figure are not known"),
+        ({"val_fraction": 0.1}, {}, f"dataset.val_fraction 0.1 here, {LEARNT}"),
+        ({"val_fraction": 0.1, "data": {"train": 45_000}}, {}, f"dataset.val_fraction 0.1 here, {LEARNT}"),
+        ({"data": {"train_fraction": 0.1, "train": 5_000}}, {}, f"dataset.train_fraction 0.1 here, {LEARNT}"),
+        ({"data": {"train": 5_000}}, {}, "dataset.train 5000 here, 50000 there"),
+        ({"learning_rate": 0.001}, {"recipe": RECIPE}, "recipe.learning_rate 0.001 here, 0.05 there"),
+        ({}, {"recipe": (("recipe.batch_size", 128.0),)}, "recipe.batch_size 64 here, 128 there"),
+        ({"accuracy": 71.2}, {}, "the teacher has 71.20 here, 72.34 there"),
+        ({"accuracy": 73.5}, {}, "the teacher has 73.50 here, 72.34 there"),
     ],
 )
-def test_a_figure_of_another_protocol_is_shown_as_not_comparable_with_the_reason(change, reason):
-    table = make(*student(**change), figures=[TEACHER, published()])
+def test_a_figure_of_another_protocol_is_shown_as_not_comparable_with_the_reason(change, stated, reason):
+    table = make(*student(**change), figures=[TEACHER, published(**stated)])
     assert shown(table)[1] == ("70.66§", "-")
+    assert "§" not in shown(table)[0][0]
     (line,) = lines(table)
     assert (line["published_top1"], line["difference_to_published"], line["not_comparable"]) == ("70.66", "", reason)
     assert f"`§` not comparable: {reason}: every figure of cifar100: cifar_resnet56 -> cifar_resnet20." in notes(table)
+    assert text(table).count(reason) == 1
+
+
+@pytest.mark.parametrize(("name", "ours", "theirs"), [("test", 1_000, 10_000), ("classes", 10, 100)])
+def test_on_a_fragment_of_the_test_set_neither_student_nor_teacher_compares(name, ours, theirs):
+    reason = f"dataset.{name} {ours} here, {theirs} there"
+    table = make(*student(val_fraction=0.1, data={name: ours}), figures=[TEACHER, published()])
+    assert shown(table) == [("72.34§", "-"), ("70.66§", "-")]
+    title = "cifar100: cifar_resnet56 -> cifar_resnet20"
+    assert f"`§` not comparable: {reason}: every figure of {title}, the teacher of {title}." in notes(table)
+
+
+def test_the_whole_of_imagenet_compares_and_a_fragment_does_not_while_other_data_sets_are_not_checked():
+    def differences(dataset, **data):
+        runs = student(dataset=dataset, data={"test": 50_000, "classes": 1_000, **data})
+        return lines(make(*runs, figures=[published(dataset=dataset)]))[0]
+
+    assert differences("imagenet", train=1_281_167)["difference_to_published"] != ""
+    assert differences("imagenet", train=128_116)["not_comparable"] == "dataset.train 128116 here, 1281167 there"
+    assert differences("digits", train=7)["difference_to_published"] != ""
+
+
+def test_a_recipe_that_agrees_or_that_either_side_does_not_say_compares_and_the_notes_say_what_was_compared():
+    table = make(*student(), figures=[published(recipe=RECIPE)])
+    assert shown(table)[1] == ("70.66", "-0.16")
+    assert "the recipes recipe.epochs, recipe.learning_rate and recipe.batch_size; nothing else of them." in text(table)
+    table = make(*student(), figures=[published(recipe=(("recipe.ema_decay", 0.9),))])
+    assert shown(table)[1] == ("70.66", "-0.16")
+    assert "runs here do not record and that are not compared: recipe.ema_decay." in text(table)
+    table = make(*student(), figures=[published()])
+    assert "of the recipes recipe.epochs; nothing else of them." in text(table)
+    assert "Of the recipes behind the published KD the epochs alone are known." in notes(table)
+
+
+def test_a_teacher_that_vkd_trained_is_another_network_but_its_student_is_judged_by_its_accuracy():
+    table = make(*student(source="trained"), figures=[TEACHER, published()])
+    assert shown(table) == [("72.34§", "-"), ("70.66", "-0.16")]
+    assert (
+        "`§` not comparable: the teacher here is one that vkd trained, another network than the published one: "
+        "the teacher of cifar100: cifar_resnet56 -> cifar_resnet20." in notes(table)
+    )
+    assert lines(table)[0]["not_comparable"] == ""
+    weak = make(*student(source="trained", accuracy=70.0), figures=[TEACHER, published()])
+    assert lines(weak)[0]["not_comparable"] == "the teacher has 70.00 here, 72.34 there"
+
+
+@pytest.mark.parametrize(
+    ("stage", "relu", "top1"), [(None, True, "69.21"), (1, True, ""), (None, False, ""), (3, True, "")]
+)
+def test_fitnet_stands_beside_the_published_one_after_its_stage_and_with_its_regressor_alone(
+    figures, stage, relu, top1
+):
+    runs, others = student("fitnet", None), student()
+    for run in runs:
+        run["method"] = {"fitnet": {"weight": 100.0, "stage": stage, "relu": relu}}
+        run["cross_entropy_weight"] = 1.0
+    for run in others:
+        run["method"]["kd"]["temperature_squared"] = True
+    table = make(*others, *runs, figures=figures)
+    assert [line["published_top1"] for line in lines(table)] == ["70.66", top1]
+    if stage:
+        assert "FitNet is published with method.fitnet.stage not set." in text(table)
 
 
 def test_a_teacher_within_a_point_compares_and_so_does_one_whose_published_accuracy_is_not_known():
@@ -444,21 +600,33 @@ def test_sources_that_differ_are_both_shown_with_their_differences():
 def test_what_the_figures_are_of_is_said_once():
     figures = [
         published(epoch_reported="best on test", source="a README"),
-        published("dkd", "fkld", 71.0, epoch_reported="unknown", epochs=None, drop_last=True),
+        published("dkd", "fkld", 71.0, epoch_reported="unknown", drop_last=True),
+        published("at", "", 72.0),
     ]
-    table = make(*student(), *student("dkd"), figures=figures)
-    assert shown(table)[1:] == [("70.66", "-0.16"), ("71.00", "-0.50")]
-    assert text(table).count("a README are of the best epoch on test, those here of the last epoch") == 1
-    assert "Published figures of a paper are of an epoch that is not known, best or last." in notes(table)
-    assert "The epochs behind the published DKD are not known." in notes(table)
+    table = make(*student(), *student("dkd"), *student("at", None), figures=figures)
+    assert shown(table)[1:] == [("70.66", "-0.16"), ("72.00", "-1.50"), ("71.00", "-0.50")]
+    assert "The published KD (a README) are of the best epoch on test, those here of the last epoch, " in text(table)
+    assert "The published DKD (a paper) are of an epoch that is not known, best or last." in notes(table)
     assert "drop_last" not in text(table)
     runs = student("dkd")
     for run in runs:
         run["recipe"]["drop_last"] = False
-    assert "recipe.drop_last is false here and true behind figures of a paper." in notes(make(*runs, figures=figures))
+    words = "recipe.drop_last is false here and true behind the published DKD (a paper)."
+    assert words in notes(make(*runs, figures=figures))
     for known in (False, None):
         figure = published("dkd", "fkld", 71.0, drop_last=known)
         assert "drop_last" not in text(make(*runs, figures=[figure]))
+
+
+def test_a_label_whose_source_reports_two_kinds_of_epoch_is_named_with_its_data_set():
+    figures = [
+        published(epoch_reported="best on test"),
+        published(epoch_reported="unknown", dataset="digits"),
+        published("dkd", "fkld", 71.0, epoch_reported="unknown"),
+    ]
+    table = make(*student(), *student("dkd"), *student(dataset="digits"), figures=figures)
+    assert "The published KD (a paper on cifar100) are of the best epoch on test" in text(table)
+    assert "The published DKD (a paper), KD (a paper on digits) are of an epoch that is not known" in text(table)
 
 
 @pytest.mark.parametrize("metric", ["val/top1", "test/top1_max_over_epochs", "test/ece"])
@@ -499,6 +667,7 @@ def test_methods_without_runs_are_rows_where_that_is_asked_for():
         published(),
         published("", "", 71.47, label="ITRD", epochs=None),
         published("mlkd", "fkld", 72.19, epochs=480),
+        published("", "", 40.0, label="SHORT", epochs=1),
         published("", "", 60.0, label="elsewhere", dataset="digits"),
     ]
     assert "ITRD" not in to_markdown(make(*student(), figures=figures))
@@ -506,8 +675,9 @@ def test_methods_without_runs_are_rows_where_that_is_asked_for():
     assert [(line[0], *line[4:]) for line in grid(table)[1][2:]] == [
         ("ITRD (published)", "", "", "", "71.47", ""),
         ("MLKD (published)", "", "", "", "72.19", ""),
+        ("SHORT (published)", "", "", "", "40.00", ""),
     ]
-    assert "(epochs not known: ITRD; 480 epochs: MLKD)" in text(table)
+    assert "(epochs not known: ITRD; 480 epochs: MLKD; 1 epoch: SHORT)" in text(table)
     assert len(lines(table)) == 1
     assert "Holes" not in to_markdown(table)
 

@@ -233,3 +233,9 @@ def test_compile_compiles_the_student_once_and_not_its_moving_average(monkeypatc
     compiled.clear()
     toy_learner(compile=False)
     assert compiled == []
+
+
+def test_a_student_with_nothing_to_learn_from_is_refused():
+    learner = toy_learner(method=Combination({}), cross_entropy_weight=0.0)
+    with pytest.raises(TrainingError, match="nothing to learn from"):
+        learner.step(*random_batch(1))

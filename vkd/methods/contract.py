@@ -73,7 +73,7 @@ class MethodContext:
     student, teacher: the networks, to look at shapes only; the method must neither keep nor change them.
     image_shape: (channels, height, width) of the images the student sees.
     generator: the method's own stream of random numbers, for its draws, on the CPU; parameters are initialised from
-        another one.
+        another one. Kept as an attribute of the method itself, its state goes into the checkpoint.
     student_features, teacher_features: shapes of what `Output` holds; None unless the method asks for features.
     train_targets: labels of the training images by their index [train_size], int64, on the CPU.
     """
@@ -100,9 +100,11 @@ class Method(nn.Module, ABC):
     and none of them into the saved student.
 
     It is built as `SomeMethod(context, **parameters)`: the keyword-only parameters of its `__init__`, with their type
-    hints, are the keys under `method.<name>` in the config.
+    hints, are the keys under `method.<name>` in the config. Names that end in `weight` or `epochs` take no negative value.
     """
 
+    cross_entropy_weight: ClassVar[float] = 1.0
+    """Weight of the cross-entropy beside which the literature's weights of the method stand; the config's default."""
     uses_divergence: ClassVar[bool] = False
     """Whether the method compares distributions by the configured divergence."""
     uses_temperature: ClassVar[bool] = True

@@ -38,7 +38,8 @@ class ContrastiveRepresentationDistillation(Method):
 
     The two memories take 8 * N * embedding_size bytes, in the checkpoint too (51 MB for the 50,000 images of
     CIFAR-100), and once more during a step. A step of B images holds 8 * B * K bytes of draws (8 MB at 64 and 16,384)
-    and some matrices of 4 * B * N bytes (13 MB each).
+    and some matrices of 4 * B * N bytes (13 MB each). On CUDA the gradient adds up in no fixed order, so that runs
+    repeat there to rounding only.
 
     Args:
         weight: weight of the term (0.8 in the literature).
@@ -107,8 +108,8 @@ class ContrastiveRepresentationDistillation(Method):
 
     def draw_negatives(self, targets: Tensor) -> Tensor:
         """For each label [B] the positions of K training images of other classes [B, K], uniform with replacement."""
-        # 63 bits a draw, whatever the class, so that neither the host nor the device waits for the other; the remainder
-        # favours no image by more than one part in 2^63 / N.
+        # On the host, whose generator is in the checkpoint. 63 bits a draw, whatever the class, so that it need not ask
+        # the device which class it is; the remainder favours no image by more than one part in 2^63 / N.
         draws = torch.randint(2**63 - 1, (len(targets), self.negatives), generator=self.generator)
         draws = draws.to(self.by_class.device, non_blocking=True)
         sizes, starts = self.class_sizes[targets][:, None], self.class_starts[targets][:, None]

@@ -42,6 +42,7 @@ class CurriculumTemperature(Method):
     Raises ConfigError for a value out of its range, or a divergence without a dual.
     """
 
+    cross_entropy_weight = 0.1
     uses_divergence = True
     uses_temperature = False
 

@@ -22,22 +22,33 @@ class StrongerTeacher(Method):
 
     p and q are the teacher's and student's softmax at temperature T [B, C]. `inter` correlates them over the classes
     of each sample, `intra` over the samples of each class. 1e-8 is added to the product of the norms, as published. A
-    constant row has correlation 0.
+    constant row has correlation 0. The norm of a centred row counts as at least 1e-3 of the row's own, which is not
+    published and bounds the gradient where a row is almost constant.
 
     Args:
         inter_weight, intra_weight: weights of the two terms (in public code 1 and 1 by default, beside a cross-entropy
             of 1).
         temperature: T, above 0.
+        temperature_squared: multiply by T^2, as published.
 
     Raises ConfigError for a temperature that is not above 0.
     """
 
-    def __init__(self, context: MethodContext, *, inter_weight: float, intra_weight: float, temperature: float) -> None:
+    def __init__(
+        self,
+        context: MethodContext,
+        *,
+        inter_weight: float,
+        intra_weight: float,
+        temperature: float,
+        temperature_squared: bool,
+    ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ConfigError(f"method.dist.temperature={temperature} is not above 0", expected="a number above 0")
         self.temperature = temperature
-        self.inter_weight, self.intra_weight = temperature**2 * inter_weight, temperature**2 * intra_weight
+        scale = temperature**2 if temperature_squared else 1.0
+        self.inter_weight, self.intra_weight = scale * inter_weight, scale * intra_weight
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The terms `inter` and `intra`: scalars."""

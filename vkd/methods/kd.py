@@ -21,6 +21,7 @@ class KnowledgeDistillation(Method):
             weights (32, 64) were used without it.
     """
 
+    cross_entropy_weight = 0.1
     uses_divergence = True
 
     def __init__(self, context: MethodContext, *, weight: float, temperature_squared: bool) -> None:

@@ -27,6 +27,7 @@ class LogitStandardization(Method):
         temperature_squared: multiply by T^2, as published.
     """
 
+    cross_entropy_weight = 0.1
     uses_divergence = True
 
     def __init__(self, context: MethodContext, *, weight: float, temperature_squared: bool) -> None:

@@ -33,11 +33,13 @@ class MultiLevelDistillation(Method):
     Args:
         prediction_weight, batch_weight, class_weight: weights of the three terms.
         temperatures: the T, above 0.
+        temperature_squared: multiply the first term by T^2, as published.
         quantile: from 0 to 1; 1 chooses everything.
 
     Raises ConfigError for a value out of its range.
     """
 
+    cross_entropy_weight = 0.1
     uses_divergence = True
     uses_temperature = False
     views = 2
@@ -50,6 +52,7 @@ class MultiLevelDistillation(Method):
         batch_weight: float,
         class_weight: float,
         temperatures: list[float],
+        temperature_squared: bool,
         quantile: float,
     ) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class MultiLevelDistillation(Method):
             raise ConfigError(f"method.mlkd.quantile={quantile}", expected="from 0 to 1")
         self.divergence = context.divergence
         self.weights = {"prediction": prediction_weight, "batch": batch_weight, "class": class_weight}
-        self.temperatures, self.quantile = temperatures, quantile
+        self.temperatures, self.temperature_squared, self.quantile = temperatures, temperature_squared, quantile
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The terms `prediction`, `batch` and `class`: scalars."""
@@ -75,7 +78,8 @@ class MultiLevelDistillation(Method):
                 )
                 q = (student.logits / temperature).softmax(dim=-1)
                 p = (teacher.logits.detach() / temperature).softmax(dim=-1)
-                sums["prediction"] += temperature**2 * distance / len(q)
+                scale = temperature**2 if self.temperature_squared else 1.0
+                sums["prediction"] += scale * distance / len(q)
                 sums["batch"] += _relation_distance(q, p, samples)
                 sums["class"] += _relation_distance(q.t(), p.t(), classes)
         return {name: weight * sums[name] for name, weight in self.weights.items()}

@@ -115,20 +115,11 @@ def hierarchical_context_loss(student_map: Tensor, teacher_map: Tensor) -> Tenso
     return loss / total
 
 
-class _BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that a last batch of one image does not stop: its 1x1 map has no variance of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > self.num_features:
-            return super().forward(x)
-        return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-
 def _convolution(in_channels: int, out_channels: int, side: int) -> nn.Sequential:
     """A convolution that keeps the size, and batch normalisation; initialised as in the published code."""
     convolution = nn.Conv2d(in_channels, out_channels, side, padding=side // 2, bias=False)
     nn.init.kaiming_uniform_(convolution.weight, a=1)
-    return nn.Sequential(convolution, _BatchNorm(out_channels))
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
 
 def _resized(feature_map: Tensor, size: torch.Size) -> Tensor:

@@ -10,8 +10,11 @@ The rules, in one place:
 - A difference is stated between groups of the same data, recipe and precision (and teacher, for the one to KD) only.
 - The mark of the best row looks at the validation set.
 - A published figure stands beside the rows of its method, divergence, alpha and beta whose settings do not contradict
-  the published ones, and our difference to it is stated where epochs, validation images and teacher let the two be
-  compared. It is of test top-1, so no other metric has one beside it.
+  the published ones. It is of test top-1, so no other metric has one beside it. Our difference to it is stated unless
+  the epochs are others or those published are not known, dataset.val_fraction is not 0, dataset.train_fraction is not
+  1, the data set has not the published number of images and classes, a stated part of the published recipe is
+  contradicted, or the teacher's test accuracy is not the published one; whoever trained that teacher.
+- The teacher's own line is compared where the teacher was given. One that vkd trained is another network.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vkd.records.published import TEACHER, ClassificationFigure
+from vkd.records.published import SIZES, TEACHER, ClassificationFigure
 from vkd.records.reading import Run, clean
 from vkd.records.statistics import Difference, Summary, compare, summarise
 
@@ -180,13 +183,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Teacher:
-    """Accuracy of a column's teacher, with a spread where there are several; `unknown`: it may have seen val.
+    """Accuracy of a column's teacher, with a spread where there are several.
 
+    unknown: it may have seen val; hindrances: why its accuracy and a published one do not compare.
     published: what others report for the teacher of that name.
     """
 
     summary: Summary
     unknown: bool
+    hindrances: tuple[str, ...] = ()
     published: tuple[Published, ...] = ()
 
 
@@ -510,12 +515,16 @@ def _teacher(groups: list[Group], split: str) -> Teacher | None:
     """The teachers' accuracy in a column, each teacher counted once; None where no run states it."""
     accuracies: dict[Any, float] = {}
     unknown = False
+    hindrances: dict[str, None] = {}
     for run in sorted((run for group in groups for run in group.runs.values()), key=lambda run: run.path):
         accuracy = run.teacher_accuracy(split)
         if accuracy is not None:
             accuracies.setdefault(str(run.teacher_fact("sha256") or accuracy), accuracy)
             unknown = unknown or run.teacher_fact("saw_val") is not False
-    return Teacher(summarise(accuracies.values()), unknown) if accuracies else None
+            if run.teacher_fact("source") == "trained":
+                hindrances["the teacher here is one that vkd trained, another network than the published one"] = None
+            hindrances |= dict.fromkeys(_other_sizes(run.dataset, run.parameters, ("test", "classes")))
+    return Teacher(summarise(accuracies.values()), unknown, tuple(hindrances)) if accuracies else None
 
 
 def _concerns(figure: ClassificationFigure, column: Column) -> bool:
@@ -563,16 +572,27 @@ def _hindrances(group: Group, figure: ClassificationFigure, teachers: list[float
         teachers: the published accuracies of the column's teacher.
     """
     reasons = []
-    epochs, val_fraction = (group.parameters.get(name) for name in ("recipe.epochs", "dataset.val_fraction"))
-    if None not in (epochs, figure.epochs) and epochs != figure.epochs:
+    ours = group.parameters
+    epochs, val_fraction = ours.get("recipe.epochs"), ours.get("dataset.val_fraction")
+    train_fraction = ours.get("dataset.train_fraction")
+    if figure.epochs is None:
+        reasons.append("the epochs behind the published figure are not known")
+    elif epochs not in (None, figure.epochs):
         reasons.append(f"recipe.epochs {show(epochs)} here, {figure.epochs} there")
+    learnt = "and published students learn from all images outside test"
     if val_fraction:
-        reasons.append(
-            f"dataset.val_fraction {show(val_fraction)} here, and published students learn from all of train"
-        )
+        reasons.append(f"dataset.val_fraction {show(val_fraction)} here, {learnt}")
+    if train_fraction not in (None, 1):
+        reasons.append(f"dataset.train_fraction {show(train_fraction)} here, {learnt}")
+    is_whole = not val_fraction and train_fraction in (None, 1)  # otherwise fewer images to learn from are meant
+    names = ("train", "test", "classes") if is_whole else ("test", "classes")
+    reasons += _other_sizes(group.place.dataset, ours, names)
+    reasons += [
+        f"{name} {show(ours[name])} here, {show(theirs)} there"
+        for name, theirs in figure.recipe
+        if ours.get(name, theirs) != theirs
+    ]
     runs = group.runs.values()
-    if any(run.teacher_fact("source") == "trained" for run in runs):
-        reasons.append("the teacher here is one that vkd trained, not the published one")
     own = summarise(accuracy for run in runs if (accuracy := run.teacher_accuracy("test")) is not None)
     if own and teachers:
         theirs = min(teachers, key=lambda accuracy: abs(accuracy - own.mean))
@@ -581,10 +601,20 @@ def _hindrances(group: Group, figure: ClassificationFigure, teachers: list[float
     return tuple(reasons)
 
 
+def _other_sizes(dataset: str, parameters: dict[str, Any], names: Iterable[str]) -> list[str]:
+    """Where a data set has not the number of images or classes that figures of its name are of, as in a fragment."""
+    found = []
+    for name in names:
+        ours, theirs = parameters.get(f"dataset.{name}"), SIZES.get(dataset, {}).get(name)
+        if None not in (ours, theirs) and ours != theirs:
+            found.append(f"dataset.{name} {show(ours)} here, {theirs} there")
+    return found
+
+
 def _published_teacher(teacher: Teacher, column: Column, figures: list[ClassificationFigure]) -> tuple[Published, ...]:
-    """What others report for a column's teacher, with our teacher's difference to it."""
+    """What others report for a column's teacher, with the difference to it of a teacher that was given."""
     found = [figure for figure in figures if figure.method == TEACHER and _concerns(figure, column)]
-    return tuple(_merge(found, teacher.summary.mean))
+    return tuple(_merge(found, teacher.summary.mean, lambda _: teacher.hindrances))
 
 
 def _published_rows(columns: list[Column], rows: list[Row], figures: list[ClassificationFigure]) -> list[PublishedRow]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vkd.config import config_directory
+from vkd.config import DatasetConfig, RecipeConfig, config_directory
 from vkd.errors import UserError, list_names, nearest
 from vkd.records.reading import clean
 
@@ -27,6 +28,16 @@ TEACHER = "teacher"
 
 BEST_ON_TEST, LAST, UNKNOWN = "best on test", "last", "unknown"
 
+SIZES = {
+    "cifar100": {"train": 50_000, "test": 10_000, "classes": 100},
+    "imagenet": {"train": 1_281_167, "test": 50_000, "classes": 1_000},
+}
+"""Images and classes behind published figures, by data set and by their names in a result's `dataset`.
+
+`test` is what accuracies are published on: of ImageNet the 50,000 images that it calls its validation set. A data set
+that is not here is not checked.
+"""
+
 
 @dataclass(frozen=True)
 class ClassificationFigure:
@@ -35,8 +46,10 @@ class ClassificationFigure:
     dataset, teacher, student: as vkd names them; teacher is empty for a student that has none.
     label: the method's name in the source.
     method, divergence, alpha, beta: the row of vkd that the figure belongs beside; `method` is "none" for plain
-        training and empty where vkd has no such method.
-    settings: further keys of vkd with their published values, comparable with `Run.parameters`.
+        training, a sum as `Run.method` has it and empty where vkd has no such method.
+    settings: further keys of vkd with their published values, comparable with `Run.parameters`: with other values it
+        is another row.
+    recipe: the same for how the student was trained: with other values it is the same row and does not compare.
     top1: percent, of `split`; source: where it is printed.
     epochs: length of training; epoch_reported: `LAST`, `BEST_ON_TEST` or `UNKNOWN`.
     drop_last: whether the last, smaller batch of an epoch was left out; runs: how many runs the figure averages.
@@ -53,6 +66,7 @@ class ClassificationFigure:
     alpha: float | None = None
     beta: float | None = None
     settings: tuple[tuple[str, Any], ...] = ()
+    recipe: tuple[tuple[str, Any], ...] = ()
     epochs: int | None = None
     epoch_reported: str = UNKNOWN
     split: str = ""
@@ -152,7 +166,9 @@ def _figure(kind: type[Figure], where: str, header: list[str], line: list[str]) 
         raise UserError(f"{where} has {len(line)} cells", expected=f"{len(header)}, one a column of the first line")
     values = {}
     required = {field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING}
-    for name, text in zip(header, map(clean, line), strict=True):
+    for name, cell in zip(header, line, strict=True):
+        # Text is shown and may be cut; of pairs, the end of a value must not be lost.
+        text = clean(cell, csv.field_size_limit()) if name in ("settings", "recipe") else clean(cell)
         if not text and name in required:
             raise UserError(f"{where}: {name} is empty", expected="a value: a figure without it cannot be placed")
         if text:
@@ -161,11 +177,15 @@ def _figure(kind: type[Figure], where: str, header: list[str], line: list[str]) 
                 values[name] = read(text)
             except ValueError:
                 raise UserError(
-                    f"{where}: {name} = {text!r} is not what this column takes", expected=expected
+                    f"{where}: {name} = {clean(text)!r} is not what this column takes", expected=expected
                 ) from None
     figure = kind(**values)
     if isinstance(figure, ClassificationFigure):
         _check_place(figure, where)
+        for name, _ in figure.settings:
+            _check_key(name, f"{where}: settings", _KEYS | _LOSS_KEYS)
+        for name, _ in figure.recipe:
+            _check_key(name, f"{where}: recipe", _KEYS)
     return figure
 
 
@@ -177,6 +197,31 @@ def _check_place(figure: ClassificationFigure, where: str) -> None:
         raise UserError(f"{where}: divergence {figure.divergence} without a method", expected="both or neither")
     if (figure.alpha is None) != (figure.beta is None) or (figure.alpha is not None and not figure.divergence):
         raise UserError(f"{where}: alpha and beta belong to one divergence", expected="both beside it, or neither")
+
+
+def _check_key(name: str, where: str, known: frozenset[str]) -> None:
+    """Raise UserError where `name` is no key of vkd, since one that no run has would compare with everything.
+
+    Args:
+        where: the place and the column, for the message.
+        known: the keys that the column takes, and beside those of losses `method.NAME.KEY`. Methods are not imported
+            here, so that of their keys the form alone is checked.
+    """
+    takes_losses = known >= _LOSS_KEYS
+    if name in known or name.startswith(_OPEN) or (takes_losses and _METHOD_KEY.fullmatch(name)):
+        return
+    if name == "recipe.epochs":
+        raise UserError(f"{where}: epochs have a column of their own", expected="recipe.epochs in the column epochs")
+    section, _, rest = name.partition(".")
+    below = {key.removeprefix(f"{section}."): key for key in known if key.startswith(f"{section}.")}
+    forms = ["recipe.KEY", "dataset.KEY"]
+    forms += ["cross_entropy_weight", "divergence.KEY", "method.NAME.KEY"] * takes_losses
+    near = [below[key] for key in nearest(rest, below)] if below else nearest(name, known)
+    raise UserError(
+        f"{where}: the column takes no key {clean(name, 60)!r}",
+        expected=f"{section}. with {list_names(below, most=40)}" if below else f"keys such as {', '.join(forms)}",
+        hint=" or ".join(f"{key}=..." for key in near),
+    )
 
 
 def _number(text: str) -> float:
@@ -219,20 +264,55 @@ def _switch(text: str) -> bool:
     return _one_of("true", "false")(text) == "true"
 
 
+def _method(text: str) -> str:
+    """A method, or the parts of a sum in the order in which `Run.method` names them: kd first, the others by name."""
+    parts = [part.strip() for part in text.split("+")]
+    if not all(parts) or len(set(parts)) < len(parts) or (len(parts) > 1 and {"none", TEACHER} & set(parts)):
+        raise ValueError
+    return "+".join(sorted(parts, key=lambda part: (part != "kd", part)))
+
+
 def _settings(text: str) -> tuple[tuple[str, Any], ...]:
-    """Pairs of a key and its value, in the form in which a run's parameters compare: numbers are floats."""
+    """Pairs of a key and its value, in the form in which a run's parameters compare."""
     pairs = []
     for word in text.split():
         name, equals, value = word.partition("=")
         if not (name and equals and value):
             raise ValueError
-        try:
-            pairs.append((name, _number(value)))
-        except ValueError:
-            pairs.append((name, value))
+        pairs.append((name, _value(value)))
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError
     return tuple(pairs)
 
 
+def _value(text: str) -> Any:
+    """A value as `Run.parameters` has it: a number is a float, null is None, [a,b] a tuple, the rest is text."""
+    if text == "null":
+        return None
+    if text.startswith("[") and text.endswith("]"):
+        return tuple(_value(part) for part in text[1:-1].split(",") if part)
+    try:
+        return _number(text)
+    except ValueError:
+        return text
+
+
+def _below(section: str, schema: type) -> tuple[set[str], set[str]]:
+    """The keys of a dataclass of the config below `section`, and the beginnings of those below its open groups."""
+    fields = dataclasses.fields(schema)
+    is_open = {f"{section}.{field.name}." for field in fields if str(field.type).startswith("dict[")}
+    return {f"{section}.{field.name}" for field in fields}, is_open
+
+
+_RECIPE_KEYS, _OPEN_RECIPE = _below("recipe", RecipeConfig)
+_DATASET_KEYS, _OPEN_DATASET = _below("dataset", DatasetConfig)
+_KEYS = frozenset((_RECIPE_KEYS | _DATASET_KEYS) - {"recipe.epochs"})
+_OPEN = (*_OPEN_RECIPE, *_OPEN_DATASET)
+_LOSS_KEYS = frozenset({"cross_entropy_weight"}) | {
+    f"divergence.{name}" for name in ("name", "temperature", "alpha", "beta", "match_kl_scale", "skew")
+}
+_METHOD_KEY = re.compile(r"method\.\w+\.\w+")
+_PAIRS = "key=value pairs with spaces between, each key once, such as "
 _PERCENT = (_percent, "percent, from 0 to 100")
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     **dict.fromkeys(("top1", "base", "new", "harmonic_mean"), _PERCENT),
@@ -241,5 +321,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "epoch_reported": (_one_of(LAST, BEST_ON_TEST, UNKNOWN), f"{LAST}, {BEST_ON_TEST} or {UNKNOWN}"),
     "split": (_one_of("test"), "test, or nothing where it is not known"),
     "drop_last": (_switch, "true, false, or nothing where it is not known"),
-    "settings": (_settings, "key=value pairs with spaces between, such as divergence.temperature=4"),
+    "method": (_method, "a method, or different ones with + between, such as kd+at"),
+    "settings": (_settings, f"{_PAIRS}divergence.temperature=4"),
+    "recipe": (_settings, f"{_PAIRS}recipe.learning_rate=0.05"),
 }

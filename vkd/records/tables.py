@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from vkd.records.grouping import SELECTION, Cell, Column, Hole, Published, Row, Table, show, teacher_split
-from vkd.records.published import BEST_ON_TEST, UNKNOWN
+from vkd.records.published import BEST_ON_TEST, UNKNOWN, ClassificationFigure
 from vkd.records.reading import clean
 from vkd.records.statistics import Difference, Summary, summarise
 
@@ -278,13 +278,15 @@ def _about_published(table: Table) -> list[str]:
     if figures:
         found.append(
             f"published: top-1 (%) that others report ({_list(figure.source for figure in figures)}), empty where none "
-            "is known; to published: the mean here minus theirs. Epochs, validation images and teacher are compared, "
-            "nothing else of the recipes."
+            "is known; to published: the mean here minus theirs. Compared are the numbers of images and classes, "
+            "dataset.val_fraction, dataset.train_fraction, the teacher by its test accuracy, whoever trained it, and "
+            f"of the recipes {_in_words(['recipe.epochs', *_compared_recipe(beside)])}; nothing else of them."
         )
     if alone:
         lengths: dict[str, dict[str, None]] = defaultdict(dict)
         for figure in alone:
-            lengths[f"{figure.epochs} epochs" if figure.epochs else "epochs not known"][figure.label] = None
+            length = f"{figure.epochs} epoch{'s' * (figure.epochs > 1)}" if figure.epochs else "epochs not known"
+            lengths[length][figure.label] = None
         words = (
             next(iter(lengths)) if len(lengths) == 1 else "; ".join(f"{n}: {', '.join(lengths[n])}" for n in lengths)
         )
@@ -293,8 +295,8 @@ def _about_published(table: Table) -> list[str]:
         (BEST_ON_TEST, "are of the best epoch on test, those here of the last epoch, which favours theirs"),
         (UNKNOWN, "are of an epoch that is not known, best or last"),
     ):
-        sources = _list(figure.source for figure in figures if figure.epoch_reported == epoch)
-        found += [f"Published figures of {sources} {words}."] if sources else []
+        named = _name_figures([figure for figure in figures if figure.epoch_reported == epoch], figures)
+        found += [f"The published {named} {words}."] if named else []
     return [
         *found,
         *_about_comparison(table, beside),
@@ -303,15 +305,46 @@ def _about_published(table: Table) -> list[str]:
     ]
 
 
+def _name_figures(some: list[ClassificationFigure], figures: list[ClassificationFigure]) -> str:
+    """The labels of `some` of the figures, each with its sources; with its data sets where others share both."""
+    others = {(figure.label, figure.source) for figure in set(figures) - set(some)}
+    sources: dict[str, set[str]] = defaultdict(set)
+    for figure in some:
+        is_shared = (figure.label, figure.source) in others
+        sources[figure.label].add(f"{figure.source} on {figure.dataset}" if is_shared else figure.source)
+    return ", ".join(f"{label} ({_list(sources[label])})" for label in sorted(sources))
+
+
+def _compared_recipe(beside: list[_Beside]) -> list[str]:
+    """The keys of published recipes, beside epochs, that were compared with those of a row, in their order."""
+    found = (
+        name
+        for place in beside
+        for figure in place.other.figures
+        for name, _ in figure.recipe
+        if name in place.cell.group.parameters
+    )
+    return list(dict.fromkeys(found))
+
+
 def _about_comparison(table: Table, beside: list[_Beside]) -> list[str]:
     """Why figures are not comparable, and which sources contradict each other."""
     found = []
-    for reason in dict.fromkeys(reason for place in beside for reason in place.other.reasons):
+    teachers = [
+        (column, other)
+        for index, (column, teacher) in enumerate(zip(table.columns, table.teachers, strict=True))
+        if teacher and table.has_published(index)
+        for other in teacher.published
+    ]
+    shown = [place.other for place in beside] + [other for _, other in teachers]
+    for reason in dict.fromkeys(reason for other in shown for reason in other.reasons):
         named: dict[str, None] = {}
         for column in table.columns:
             all_here = [place for place in beside if place.column == column]
             here = [place.where for place in all_here if reason in place.other.reasons]
             named |= dict.fromkeys([f"every figure of {column.title}"] if here and len(here) == len(all_here) else here)
+        lines = [column.title for column, other in teachers if reason in other.reasons]
+        named |= dict.fromkeys(f"the teacher of {title}" for title in lines)
         found.append(f"`§` not comparable: {reason}: {', '.join(named)}.")
     sources: dict[str, dict[float, list[str]]] = defaultdict(lambda: defaultdict(list))
     for place in beside:
@@ -326,8 +359,8 @@ def _about_comparison(table: Table, beside: list[_Beside]) -> list[str]:
 def _about_recipes(table: Table, beside: list[_Beside]) -> list[str]:
     """What is not known of the published recipes, and where they treat the last batch otherwise."""
     pairs = [(place, figure) for place in beside for figure in place.other.figures]
-    unsaid = _list(figure.label for _, figure in pairs if figure.epochs is None)
-    found = [f"The epochs behind the published {unsaid} are not known."] if unsaid else []
+    unsaid = _list(figure.label for _, figure in pairs if figure.epochs is not None and not figure.recipe)
+    found = [f"Of the recipes behind the published {unsaid} the epochs alone are known."] if unsaid else []
     teachers = dict(zip(table.columns, table.teachers, strict=True))
     unmeasured = _list(
         place.column.title
@@ -335,14 +368,15 @@ def _about_recipes(table: Table, beside: list[_Beside]) -> list[str]:
         if figure.method != "none" and (teacher := teachers[place.column]) and not teacher.published
     )
     found += [f"The accuracy of the published teacher is not known: {unmeasured}."] if unmeasured else []
-    batches: dict[tuple[str, str], list[str]] = defaultdict(list)
+    batches: dict[tuple[str, str], list[ClassificationFigure]] = defaultdict(list)
     for place, figure in pairs:
         ours, theirs = place.cell.group.parameters.get("recipe.drop_last"), str(figure.drop_last).lower()
         if figure.drop_last is not None and ours not in (None, theirs):
-            batches[ours, theirs].append(figure.source)
+            batches[ours, theirs].append(figure)
+    figures = [figure for _, figure in pairs]
     return found + [
-        f"recipe.drop_last is {ours} here and {theirs} behind figures of {_list(sources)}."
-        for (ours, theirs), sources in batches.items()
+        f"recipe.drop_last is {ours} here and {theirs} behind the published {_name_figures(some, figures)}."
+        for (ours, theirs), some in batches.items()
     ]
 
 
@@ -354,7 +388,8 @@ def _about_settings(table: Table, beside: list[_Beside]) -> list[str]:
         for figure in place.other.figures:
             names = [name for name, _ in figure.settings]
             recorded = [name for name in names if name in place.cell.group.parameters]
-            unrecorded += [name for name in names if name not in recorded]
+            stated = names + [name for name, _ in figure.recipe]
+            unrecorded += [name for name in stated if name not in place.cell.group.parameters]
             if recorded:
                 compared[", ".join(recorded)].append(figure.label)
             elif not names and figure.method != "none":
@@ -382,15 +417,27 @@ def _list(names: Iterable[str]) -> str:
     return ", ".join(sorted(set(names)))
 
 
+def _in_words(names: Sequence[str]) -> str:
+    """The names in their order, as a sentence has them: "a, b and c"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def _about_protocol(table: Table) -> list[str]:
     """Validation share, epochs, batch size and precision of each column."""
     found: dict[str, list[str]] = defaultdict(list)
     for index, column in enumerate(table.columns):
         groups = [row.cells[index].group for row in table.rows if row.cells[index].group is not None]
         words = []
-        for name in ("dataset.val_fraction", "recipe.epochs", "recipe.batch_size", "precision"):
+        for name in (
+            "dataset.val_fraction",
+            "dataset.train_fraction",
+            "recipe.epochs",
+            "recipe.batch_size",
+            "precision",
+        ):
             values = {group.parameters.get(name) for group in groups} - {None}
-            if values:
+            if values and not (name == "dataset.train_fraction" and values == {1}):  # all of train goes without saying
                 shown = " or ".join(sorted((show(value) for value in values), key=lambda text: (len(text), text)))
                 words.append(f"{name} {shown}")
         if words:

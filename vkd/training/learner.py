@@ -119,6 +119,11 @@ class Learner:
                 batch.student.logits, batch.targets, label_smoothing=self.recipe.label_smoothing
             )
             terms = {"cross_entropy": self.cross_entropy_weight * cross_entropy, **terms}
+        if not terms:
+            raise TrainingError(
+                "there is nothing to learn from: the method has no term and cross_entropy_weight is 0",
+                expected="a weight above 0",
+            )
         return terms
 
     def _add_up(self, terms: dict[str, Tensor], logits: Tensor, targets: Tensor, step: int) -> None:
