@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/python -m vkd.collect study=quickstart runs_root=demo/runs results_root=demo/results
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 lint: install
 	$(BIN)/ruff check .

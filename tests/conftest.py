@@ -1,8 +1,15 @@
 """One teacher and one student of it, trained once, for all tests of the commands that need them."""
 
+import os
 import shutil
 
 import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores: more threads than cores make tiny networks many times slower.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

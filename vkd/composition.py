@@ -270,8 +270,11 @@ def _errors_explained(overrides: Sequence[str]) -> Iterator[None]:
 def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
     """The same complaint in vkd's words."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        choices = group_choices()
         group, _, name = str(error.missing_cfg_file).partition("/")
-        options = group_choices().get(group, [])
+        if group not in choices:  # one of Hydra's own
+            group, _, name = str(error.missing_cfg_file).rpartition("/")
+        options = choices.get(group) or [option for option in error.options or [] if option != "schema"]
         # As the user wrote it: +experiment, recipe@teacher.recipe.
         pattern = rf"\+*{re.escape(group)}(@[^=]*)?=.*{re.escape(name)}"
         written = [word.partition("=")[0] for word in overrides if re.match(pattern, word)]

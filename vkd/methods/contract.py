@@ -100,7 +100,8 @@ class Method(nn.Module, ABC):
     and none of them into the saved student.
 
     It is built as `SomeMethod(context, **parameters)`: the keyword-only parameters of its `__init__`, with their type
-    hints, are the keys under `method.<name>` in the config. Names that end in `weight` or `epochs` take no negative value.
+    hints, are the keys under `method.<name>` in the config. Where a name ends in `weight` or `epochs`, no negative
+    value is taken.
     """
 
     cross_entropy_weight: ClassVar[float] = 1.0
