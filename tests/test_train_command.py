@@ -690,3 +690,10 @@ def test_a_signal_that_comes_after_the_last_step_of_a_job_still_ends_the_sweep(p
     assert train("-m", "method=none", "seed=1,2,3") == 130
     assert len(done) == 1
     assert read(only_run(place / "runs" / "digits") / "status.json")["state"] == "done"
+
+
+def test_a_method_that_cannot_serve_the_pair_says_so_before_a_teacher_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train("method=fitnet", "method.fitnet.stage=9") == 1
+    assert "method.fitnet.stage = 9, but these networks share 3 stages" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
