@@ -18,6 +18,7 @@ from timm.models import is_model
 import vkd.data.sources
 import vkd.divergences
 import vkd.methods
+import vkd.models
 from vkd.composition import compose_jobs, read_command_line
 from vkd.config import DatasetConfig, config_directory, parameters_of
 from vkd.methods import METHODS
