@@ -134,6 +134,17 @@ def test_the_words_for_other_pairs_are_right_ones(name, experiments):
     assert config.student.arch != "cifar_resnet20"
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if words_for_pairs(name)])
+def test_a_pair_with_weights_of_its_own_gets_them_and_the_users_word_wins(name):
+    for words, pair in words_for_pairs(name):
+        chosen = [f"+experiment=cifar100/{name}", f"pair={pair}"]
+        config = parse(compose_config(chosen))
+        for word in words:
+            key, _, value = word.partition("=")
+            assert value_at(config, key) == float(value), (pair, key)
+            assert value_at(parse(compose_config([*chosen, f"{key}=0.125"])), key) == 0.125
+
+
 # Typed from the sources, not from the files.
 
 

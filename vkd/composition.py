@@ -51,6 +51,13 @@ def register_schema() -> None:
     for key in OPEN_KEYS:
         OmegaConf.set_struct(OmegaConf.select(schema, key), False)
     ConfigStore.instance().store(name="schema", node=schema)
+    OmegaConf.register_new_resolver("by_pair", _by_pair, replace=True)
+
+
+def _by_pair(usual: float, others: DictConfig, *, _root_: DictConfig) -> float:
+    """What `${by_pair:usual,{pair: value}}` stands for: the value of this teacher and student, where it has one."""
+    archs = (OmegaConf.select(_root_, key, default=None) or "" for key in ("teacher.arch", "student.arch"))
+    return others.get("_".join(arch.removeprefix("cifar_") for arch in archs), usual)
 
 
 def group_choices() -> dict[str, list[str]]:
