@@ -6,6 +6,8 @@ alpha-beta divergence this is ABTTM (ABKD, ICML 2025).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from vkd.errors import ConfigError
@@ -27,11 +29,12 @@ class TransformedTeacherMatching(Method):
 
     uses_divergence = True
     uses_temperature = False
+    name: ClassVar[str] = "ttm"
 
     def __init__(self, context: MethodContext, *, weight: float, power: float) -> None:
         super().__init__()
         if power <= 0:
-            raise ConfigError(f"method.ttm.power={power} is not above 0", expected="above 0; below 1 to soften")
+            raise ConfigError(f"method.{self.name}.power={power} is not above 0", expected="above 0; below 1 to soften")
         self.divergence, self.weight, self.power = context.divergence, weight, power
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

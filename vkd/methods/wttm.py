@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vkd.errors import ConfigError
-from vkd.methods.contract import METHODS, Batch, Method, MethodContext
+from vkd.methods.contract import METHODS, Batch
+from vkd.methods.ttm import TransformedTeacherMatching
 
 
 @METHODS.register("wttm")
-class WeightedTransformedTeacherMatching(Method):
+class WeightedTransformedTeacherMatching(TransformedTeacherMatching):
     """weight * mean of u * D(p' || q) over the samples, where D(p' || q) is that of `ttm` and u = sum_k p_k^power.
 
     p is the teacher's softmax at T = 1. With a power below 1, u lies between 1 for a certain teacher and
@@ -25,14 +25,7 @@ class WeightedTransformedTeacherMatching(Method):
     Raises ConfigError for a power that is not above 0.
     """
 
-    uses_divergence = True
-    uses_temperature = False
-
-    def __init__(self, context: MethodContext, *, weight: float, power: float) -> None:
-        super().__init__()
-        if power <= 0:
-            raise ConfigError(f"method.wttm.power={power} is not above 0", expected="above 0; below 1 to soften")
-        self.divergence, self.weight, self.power = context.divergence, weight, power
+    name = "wttm"
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The one term `wttm`: a scalar."""
