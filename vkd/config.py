@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from vkd.errors import ConfigError, list_names, nearest
+from vkd.errors import ConfigError, list_names, nearest, require
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 TEACHERS_STUDY = "teachers"
@@ -414,38 +414,31 @@ def _choose(key: str, value: str, choices: typing.Iterable[str]) -> None:
         )
 
 
-def _require(condition: bool, problem: str, expected: str, hint: str = "") -> None:
-    if not condition:
-        raise ConfigError(problem, expected=expected, hint=hint)
-
-
 def _check_recipe(recipe: RecipeConfig, where: str) -> None:
     for name in ("epochs", "batch_size", "evaluate_every"):
         value = getattr(recipe, name)
-        _require(value >= 1, f"{where}.{name} = {value} is too small", "a whole number from 1")
-    _require(
+        require(value >= 1, f"{where}.{name} = {value} is too small", "a whole number from 1")
+    require(
         recipe.batch_size >= 2, f"{where}.batch_size = 1: batch normalisation cannot train on one image", "2 or more"
     )
     for name, value in dataclasses.asdict(recipe).items():
         if isinstance(value, float):
-            _require(math.isfinite(value), f"{where}.{name} = {value} is not a finite number", "a finite number")
-    _require(recipe.learning_rate > 0, f"{where}.learning_rate = {recipe.learning_rate}", "a number above 0")
+            require(math.isfinite(value), f"{where}.{name} = {value} is not a finite number", "a finite number")
+    require(recipe.learning_rate > 0, f"{where}.learning_rate = {recipe.learning_rate}", "a number above 0")
     for name in ("weight_decay", "warmup_epochs", "warmup_learning_rate", "min_learning_rate", "momentum"):
         value = getattr(recipe, name) or 0.0
-        _require(value >= 0, f"{where}.{name} = {value} is negative", "0 or more")
-    _require(
-        0 <= recipe.label_smoothing < 1, f"{where}.label_smoothing = {recipe.label_smoothing}", "from 0 to below 1"
-    )
+        require(value >= 0, f"{where}.{name} = {value} is negative", "0 or more")
+    require(0 <= recipe.label_smoothing < 1, f"{where}.label_smoothing = {recipe.label_smoothing}", "from 0 to below 1")
     if recipe.clip_grad_norm is not None:
-        _require(recipe.clip_grad_norm > 0, f"{where}.clip_grad_norm = {recipe.clip_grad_norm}", "above 0, or null")
+        require(recipe.clip_grad_norm > 0, f"{where}.clip_grad_norm = {recipe.clip_grad_norm}", "above 0, or null")
     if recipe.ema_decay is not None:
-        _require(0 < recipe.ema_decay < 1, f"{where}.ema_decay = {recipe.ema_decay}", "between 0 and 1, or null")
-    _require(
+        require(0 < recipe.ema_decay < 1, f"{where}.ema_decay = {recipe.ema_decay}", "between 0 and 1, or null")
+    require(
         recipe.milestones == sorted(set(recipe.milestones)) and all(value >= 1 for value in recipe.milestones),
         f"{where}.milestones = {recipe.milestones}",
         "rising epochs from 1",
     )
-    _require(
+    require(
         recipe.scheduler != "multistep" or bool(recipe.milestones),
         f"{where}.scheduler=multistep needs milestones",
         "the epochs after which the rate drops",
@@ -466,7 +459,7 @@ def _typed_method(method: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         for key, value in parameters.items():
             # A negative weight would drive the student away from the teacher, and say so nowhere.
             positive = not key.endswith(("weight", "epochs")) or value >= 0
-            _require(positive, f"method.{name}.{key} = {value} is negative", "0 or more")
+            require(positive, f"method.{name}.{key} = {value} is negative", "0 or more")
     return typed
 
 
@@ -475,13 +468,13 @@ def _typed_divergence(divergence: Mapping[str, Any]) -> dict[str, Any]:
 
     values = dict(divergence)
     name = values.pop("name", None)
-    _require(name is not None, "divergence.name has no value", list_names(DIVERGENCES), "divergence=fkld")
+    require(name is not None, "divergence.name has no value", list_names(DIVERGENCES), "divergence=fkld")
     temperature = as_typed(
         dataclasses.make_dataclass("Temperature", [("temperature", float, field(default=1.0))]),
         {"temperature": values.pop("temperature", 1.0)},
         where="divergence",
     ).temperature
-    _require(
+    require(
         math.isfinite(temperature) and temperature > 0, f"divergence.temperature = {temperature}", "a number above 0"
     )
     common = ("temperature", "mask", "reduction")
@@ -538,7 +531,7 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
         config.divergence["temperature"] = 1.0
     view_augmentation = config.dataset.view_augmentation.values()
     for name in config.method:
-        _require(
+        require(
             METHODS[name].views == 1 or any(options not in (None, False) for options in view_augmentation),
             f"method={name} learns from {METHODS[name].views} views of each image, "
             "and dataset.view_augmentation, which makes the further ones, is empty",
@@ -551,21 +544,21 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     else:
         if config.cross_entropy_weight is None:
             config.cross_entropy_weight = max(METHODS[name].cross_entropy_weight for name in config.method)
-        _require(config.teacher is not None, "teacher is null", "a teacher, or method=none", "teacher.arch=...")
-    _require(
+        require(config.teacher is not None, "teacher is null", "a teacher, or method=none", "teacher.arch=...")
+    require(
         math.isfinite(config.cross_entropy_weight) and config.cross_entropy_weight >= 0,
         f"cross_entropy_weight = {config.cross_entropy_weight}",
         "a finite number from 0",
     )
-    _require(config.seed >= 0, f"seed = {config.seed} is negative", "a whole number from 0")
-    _require(config.workers >= 0, f"workers = {config.workers} is negative", "a whole number from 0")
-    _require(config.evaluation_batch_size >= 1, "evaluation_batch_size is too small", "a whole number from 1")
+    require(config.seed >= 0, f"seed = {config.seed} is negative", "a whole number from 0")
+    require(config.workers >= 0, f"workers = {config.workers} is negative", "a whole number from 0")
+    require(config.evaluation_batch_size >= 1, "evaluation_batch_size is too small", "a whole number from 1")
     _check_recipe(config.recipe, "recipe")
     recipes = {"recipe": config.recipe}
     if not config.is_plain and not config.teacher.is_given:
         recipes["teacher.recipe"] = config.teacher.recipe
     for where, recipe in recipes.items():
-        _require(
+        require(
             config.dataset.val_fraction > 0 or recipe.scheduler != "plateau",
             f"{where}.scheduler=plateau watches the validation accuracy, and dataset.val_fraction=0 leaves none",
             "another scheduler, or a validation split",
@@ -573,35 +566,35 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
         )
     if not config.is_plain:
         _check_recipe(config.teacher.recipe, "teacher.recipe")
-        _require(
+        require(
             not (config.teacher.pretrained and config.teacher.checkpoint),
             "teacher.pretrained=true and teacher.checkpoint name two sets of weights",
             "one of them",
         )
-        _require(
+        require(
             (config.teacher.mean is None) == (config.teacher.std is None),
             "teacher.mean and teacher.std belong together",
             "both or neither",
         )
-        _require(
+        require(
             config.teacher.mean is None or config.teacher.is_given,
             "teacher.mean and teacher.std belong to weights that are given, and vkd trains this teacher",
             "teacher.checkpoint or teacher.pretrained beside them; a trained teacher has the data set's normalisation",
             "dataset.mean=... dataset.std=..., for both networks",
         )
-        _require(
+        require(
             config.teacher.image_size is None or config.teacher.is_given,
             "teacher.image_size belongs to weights that are given, and vkd trains this teacher at the data set's size",
             "teacher.checkpoint or teacher.pretrained beside it",
         )
-        _require(
+        require(
             config.teacher.image_size is None or config.teacher.image_size >= 1,
             f"teacher.image_size = {config.teacher.image_size} is no size",
             "a side in pixels, or null",
         )
     for name in ("runs_root", "results_root", "data_root"):
-        _require(bool(getattr(config, name)), f"{name} is empty", "a folder", f"{name}={getattr(Config, name)}")
-    _require(
+        require(bool(getattr(config, name)), f"{name} is empty", "a folder", f"{name}={getattr(Config, name)}")
+    require(
         config.study != TEACHERS_STUDY,
         f"study={TEACHERS_STUDY} is the folder of the teachers that vkd trains",
         "another name for a study of students",
@@ -620,7 +613,7 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
 def _check_folder_name(key: str, name: str) -> None:
     """Refuse a name that would leave its parent folder or hide itself."""
     good = bool(name) and not name.startswith((".", "-")) and all(part.isalnum() or part in "._-+" for part in name)
-    _require(good, f"{key} = {_show(name)} cannot name a folder", "letters, digits, '.', '_', '-' and '+'")
+    require(good, f"{key} = {_show(name)} cannot name a folder", "letters, digits, '.', '_', '-' and '+'")
 
 
 def _canonical(value: Any) -> Any:

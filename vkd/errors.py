@@ -45,6 +45,12 @@ class TrainingError(UserError):
     """Training cannot go on, for instance because a loss is not finite."""
 
 
+def require(condition: bool, problem: str, expected: str, hint: str = "") -> None:
+    """Raise ConfigError unless the condition holds."""
+    if not condition:
+        raise ConfigError(problem, expected=expected, hint=hint)
+
+
 def nearest(name: str, choices: Iterable[str], count: int = 3) -> list[str]:
     """The `choices` spelt most like `name`, best first; empty where nothing is near."""
     choices = sorted(choices)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vkd.errors import ConfigError
+from vkd.errors import ConfigError, require
 from vkd.methods.contract import METHODS, Batch, Method, MethodContext
 
 
@@ -65,10 +65,10 @@ class ContrastiveRepresentationDistillation(Method):
         momentum: float,
     ) -> None:
         super().__init__()
-        _require(embedding_size >= 1, f"embedding_size = {embedding_size}", "a whole number from 1")
-        _require(negatives >= 1, f"negatives = {negatives}", "a whole number from 1")
-        _require(temperature > 0, f"temperature = {temperature}", "a number above 0")
-        _require(0 <= momentum < 1, f"momentum = {momentum}", "from 0 to below 1")
+        require(embedding_size >= 1, f"method.crd.embedding_size = {embedding_size}", "a whole number from 1")
+        require(negatives >= 1, f"method.crd.negatives = {negatives}", "a whole number from 1")
+        require(temperature > 0, f"method.crd.temperature = {temperature}", "a number above 0")
+        require(0 <= momentum < 1, f"method.crd.momentum = {momentum}", "from 0 to below 1")
         self.weight, self.temperature, self.momentum = weight, temperature, momentum
         self.generator = context.generator
 
@@ -142,11 +142,6 @@ class ContrastiveRepresentationDistillation(Method):
         """The memory with new vectors for `indices`; a new tensor, since the backward pass wants the old one."""
         mixed = self.momentum * memory[indices] + (1 - self.momentum) * embeddings
         return memory.index_copy(0, indices, functional.normalize(mixed, dim=1))
-
-
-def _require(condition: bool, problem: str, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"method.crd.{problem}", expected=expected)
 
 
 def _sorted_by_class(context: MethodContext) -> tuple[Tensor, Tensor]:

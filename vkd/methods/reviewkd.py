@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vkd.errors import ConfigError
+from vkd.errors import require
 from vkd.methods.contract import METHODS, Batch, Method, MethodContext
 from vkd.methods.stages import pair_stages
 
@@ -40,8 +40,10 @@ class KnowledgeReview(Method):
 
     def __init__(self, context: MethodContext, *, weight: float, warmup_epochs: int, max_mid_channels: int) -> None:
         super().__init__()
-        _require(warmup_epochs >= 0, f"warmup_epochs = {warmup_epochs}", "a whole number from 0")
-        _require(max_mid_channels >= 1, f"max_mid_channels = {max_mid_channels}", "a whole number from 1")
+        require(warmup_epochs >= 0, f"method.reviewkd.warmup_epochs = {warmup_epochs}", "a whole number from 0")
+        require(
+            max_mid_channels >= 1, f"method.reviewkd.max_mid_channels = {max_mid_channels}", "a whole number from 1"
+        )
         self.weight, self.warmup_epochs = weight, warmup_epochs
         self.pairs = pair_stages(context)
         sizes = context.student_features.embedding, context.teacher_features.embedding
@@ -124,8 +126,3 @@ def _convolution(in_channels: int, out_channels: int, side: int) -> nn.Sequentia
 
 def _resized(feature_map: Tensor, size: torch.Size) -> Tensor:
     return feature_map if feature_map.shape[2:] == size else functional.interpolate(feature_map, size, mode="nearest")
-
-
-def _require(condition: bool, problem: str, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"method.reviewkd.{problem}", expected=expected)
