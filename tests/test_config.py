@@ -248,6 +248,8 @@ def reference():
         "tracker=none",
         "tracker=wandb tracker.project=p tracker.entity=e tracker.tags=[t]",
         "workers=7 evaluation_batch_size=9 compile=true channels_last=true keep_checkpoint=false",
+        "fused_optimizer=false graphs=false students_at_once=2",
+        "teacher.fold=false teacher.compile=true teacher.cache=views teacher.cache_dtype=float32",
         "teacher.allow_chance_accuracy=true",
         "dataset.view_augmentation.flip={}",
         "seed=1 divergence.temperature=4 recipe.learning_rate=5e-2 method.kd.weight=0.90",
@@ -413,3 +415,10 @@ def test_the_order_of_augmentations_decides_the_pixels_and_so_the_fingerprint():
 def test_what_would_spoil_a_trained_teacher_is_refused(words, fragment):
     with pytest.raises(ConfigError, match=re.escape(fragment)):
         parse(compose_config(words))
+
+
+@pytest.mark.parametrize("method", ["at", "mlkd", "[kd,crd]"])
+def test_a_cache_of_views_is_refused_for_methods_that_want_more_than_the_logits_of_one_view(method):
+    with pytest.raises(ConfigError, match=r"teacher\.cache=views") as error:
+        identity(f"method={method}", "teacher.cache=views")
+    assert "teacher.cache=none" in str(error.value)

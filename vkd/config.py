@@ -24,6 +24,8 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from vkd.errors import ConfigError, list_names, nearest, require
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+TEACHER_CACHES = ("none", "views")
+CACHE_DTYPES = ("float16", "float32")
 TEACHERS_STUDY = "teachers"
 """The study that trained teachers are runs of."""
 
@@ -131,6 +133,11 @@ class TeacherConfig:
     mean, std: its own input normalisation; null: that of its pretrained weights, else the data set's.
     image_size: side in pixels that its view is resized to; null: that of its pretrained weights, else the data's.
     allow_chance_accuracy: go on with a teacher that is no better than chance.
+    fold: fold its BatchNorms into its convolutions, where that leaves its outputs alone.
+    compile: compile its forward pass; null: where that was measured to pay (`vkd.training.switches`).
+    cache: `views` keeps its logits for every view that crop and flip can make of an image, on disk, for all runs to
+        come; `none` asks it anew each time.
+    cache_dtype: float16, half the space, or float32, the logits to the last bit.
     """
 
     arch: str = MISSING
@@ -142,6 +149,10 @@ class TeacherConfig:
     std: list[float] | None = None
     image_size: int | None = None
     allow_chance_accuracy: bool = False
+    fold: bool = True
+    compile: bool | None = None
+    cache: str = "none"
+    cache_dtype: str = "float16"
 
     @property
     def is_given(self) -> bool:
@@ -185,7 +196,10 @@ class Config:
         method, the largest of them in a sum; plain training always has 1.
     workers: processes that decode images of a folder.
     evaluation_batch_size: images a batch when measuring.
-    compile, channels_last: switches of speed that leave the results alone but for rounding.
+    compile, channels_last, fused_optimizer, graphs: switches of speed that leave the results alone but for rounding:
+        compile the student's forward pass, lay images out channels last, take the optimizer's fused implementation,
+        capture the step in a CUDA graph; null: where that was measured to pay (`vkd.training.switches`).
+    students_at_once: how many students the fused launcher trains side by side at most; null: as many as memory holds.
     keep_checkpoint: leave `last.ckpt` in the directory of a finished run.
     """
 
@@ -206,8 +220,11 @@ class Config:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     workers: int = 2
     evaluation_batch_size: int = 250
-    compile: bool = False
-    channels_last: bool = False
+    compile: bool | None = None
+    channels_last: bool | None = None
+    fused_optimizer: bool | None = None
+    graphs: bool | None = None
+    students_at_once: int | None = None
     keep_checkpoint: bool = True
 
     @property
@@ -553,6 +570,11 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     require(config.seed >= 0, f"seed = {config.seed} is negative", "a whole number from 0")
     require(config.workers >= 0, f"workers = {config.workers} is negative", "a whole number from 0")
     require(config.evaluation_batch_size >= 1, "evaluation_batch_size is too small", "a whole number from 1")
+    require(
+        config.students_at_once is None or config.students_at_once >= 1,
+        f"students_at_once = {config.students_at_once}",
+        "a whole number from 1, or null for as many as memory holds",
+    )
     _check_recipe(config.recipe, "recipe")
     recipes = {"recipe": config.recipe}
     if not config.is_plain and not config.teacher.is_given:
@@ -566,6 +588,7 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
         )
     if not config.is_plain:
         _check_recipe(config.teacher.recipe, "teacher.recipe")
+        _check_cache(config)
         require(
             not (config.teacher.pretrained and config.teacher.checkpoint),
             "teacher.pretrained=true and teacher.checkpoint name two sets of weights",
@@ -608,6 +631,25 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
     if not config.is_plain:
         check_arch(config.teacher.arch)
     return config
+
+
+def _check_cache(config: Config) -> None:
+    """Refuse a cache of the teacher's logits where logits of the views of crop and flip are not all that is asked."""
+    from vkd.methods import METHODS
+
+    _choose("teacher.cache", config.teacher.cache, TEACHER_CACHES)
+    _choose("teacher.cache_dtype", config.teacher.cache_dtype, CACHE_DTYPES)
+    if config.teacher.cache == "none":
+        return
+    for name in config.method:
+        method = METHODS[name]
+        wanted = "the teacher's features" if method.needs_features else "several views of each image at once"
+        require(
+            not method.needs_features and method.views == 1,
+            f"teacher.cache=views holds the teacher's logits on one view of an image, and method={name} wants {wanted}",
+            "a method that compares logits of one view, such as kd or dkd",
+            "teacher.cache=none",
+        )
 
 
 def _check_folder_name(key: str, name: str) -> None:
