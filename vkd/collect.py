@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from vkd.command import STOPPED
+from vkd.command import STOPPED, quietly
 from vkd.errors import ConfigError, UserError, list_names, nearest
 from vkd.records.grouping import Table, build_table
 from vkd.records.published import DEFAULT, read_classification
@@ -148,4 +148,4 @@ def _check_metric(metric: str, runs: list[Run]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quietly(main))

@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
+import importlib
 import logging
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from vkd.config import as_typed
 from vkd.errors import ConfigError
+from vkd.records.run_directory import spoken_label
 
 logger = logging.getLogger("vkd")
 
 STOPPED = 130
 """Exit code of a command that was asked to stop, as shells have it."""
+
+OUTPUT_CLOSED = 141
+"""Exit code of a command whose output nobody reads any more, as where SIGPIPE ends it."""
+
+
+class _OutputClosed(KeyboardInterrupt):
+    """Nobody reads what the command says. A KeyboardInterrupt, so that it leaves a run as being asked to stop does."""
+
+
+class _Console(Console):
+    """Ends the command when whoever read its output has gone."""
+
+    is_closed = False
+
+    def on_broken_pipe(self) -> None:
+        """Stop writing, and raise what stops the work."""
+        self.quiet = self.is_closed = True
+        _discard(sys.stdout)
+        raise _OutputClosed("nobody reads the output any more")
 
 
 class _ConsoleHandler(logging.Handler):
@@ -27,14 +52,19 @@ class _ConsoleHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        label = spoken_label()
+        prefix = f"{label}: " if label else ""
+        prefix += "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         self.console.print(prefix + record.getMessage(), markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def speaking() -> Iterator[Console]:
-    """A console on which everything that vkd logs from level INFO up appears, for as long as the context lasts."""
-    console = Console(file=sys.stdout)
+    """A console on which everything that vkd logs from level INFO up appears, for as long as the context lasts.
+
+    Raises SystemExit at the end of it where the output was closed meanwhile, which stops the work like Ctrl-C.
+    """
+    console = _Console(file=sys.stdout)
     handler = _ConsoleHandler(console)
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
@@ -46,6 +76,35 @@ def speaking() -> Iterator[Console]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+    if console.is_closed:
+        raise SystemExit(OUTPUT_CLOSED)
+
+
+def quietly(main: Callable[[], int]) -> int:
+    """The exit code of a command's `main`; OUTPUT_CLOSED, without a word, where nobody reads its output any more.
+
+    For a process that does nothing else.
+    """
+    try:
+        code = main()
+    except BrokenPipeError:
+        code = OUTPUT_CLOSED
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                # Python's own last flush would complain.
+                stream.flush()
+        except BrokenPipeError:
+            _discard(stream)
+            code = OUTPUT_CLOSED
+    return code
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what is still to be written to a standard stream nowhere, so that closing it cannot fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def complain(error: BaseException | str) -> None:
@@ -62,3 +121,20 @@ def parse_words(schema: type, words: Sequence[str]) -> object:
         if "=" not in word or word.startswith("-"):
             raise ConfigError(f"{word!r} is not a key=value word", expected="words such as study=quickstart, or --help")
     return as_typed(schema, OmegaConf.from_dotlist(list(words)))
+
+
+@functools.cache
+def import_training() -> None:
+    """Import torch, timm and whatever else a run needs, which takes seconds, with Python's garbage collector off.
+
+    What they bring stays until the process ends, and walking through it over and over took a quarter of the time to the
+    first step; nor is it walked through later.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        importlib.import_module("vkd.training.run")
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()

@@ -31,6 +31,7 @@ from hydra.errors import (
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vkd.command import import_training
 from vkd.config import OPEN_KEYS, Config, config_directory, explain_key, explain_value, parse
 from vkd.errors import ConfigError, UserError, list_names, nearest
 
@@ -66,7 +67,9 @@ def group_choices() -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*.yaml")):
         if path.parent != folder:
-            group, _, choice = path.relative_to(folder).with_suffix("").as_posix().partition("/")
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            # Hydra's own groups have a slash in their names.
+            group, _, choice = name.rpartition("/") if name.startswith("hydra/") else name.partition("/")
             groups.setdefault(group, []).append(choice)
     return groups
 
@@ -219,7 +222,9 @@ def _check_methods(parsed: Sequence[Override], composed: DictConfig) -> None:
 
 def _parse_job(overrides: Sequence[str], *, alone: bool) -> None:
     try:
-        parse(compose_config(overrides))
+        composed = compose_config(overrides)
+        import_training()
+        parse(composed)
     except UserError as error:
         if alone:
             raise
@@ -250,6 +255,8 @@ def run_hydra(flags: Sequence[str], overrides: Sequence[str], job: Callable[[Dic
     try:
         with _errors_explained(overrides):
             decorated()
+    except BrokenPipeError:  # nobody reads what one of Hydra's switches prints
+        raise
     except OSError as error:  # no job raises one: it is the folder of the sweep
         raise ConfigError(
             f"the files of the sweep cannot be written: {error}",
@@ -281,7 +288,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
         group, _, name = str(error.missing_cfg_file).partition("/")
         if group not in choices:  # one of Hydra's own
             group, _, name = str(error.missing_cfg_file).rpartition("/")
-        options = choices.get(group) or [option for option in error.options or [] if option != "schema"]
+        known = None if group.startswith("hydra") else choices.get(group)
+        options = known or [option for option in error.options or [] if option != "schema"]
         # As the user wrote it: +experiment, recipe@teacher.recipe.
         pattern = rf"\+*{re.escape(group)}(@[^=]*)?=.*{re.escape(name)}"
         written = [word.partition("=")[0] for word in overrides if re.match(pattern, word)]

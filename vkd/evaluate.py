@@ -10,14 +10,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from vkd.command import STOPPED, complain, parse_words, speaking
+from vkd.command import STOPPED, complain, import_training, parse_words, quietly, speaking
 from vkd.composition import compose_config
 from vkd.config import Config, parse
 from vkd.errors import ConfigError, UserError, nearest
 from vkd.records.atomic import write_json_atomically
 from vkd.records.run_directory import RunDirectory, read_config
-from vkd.training.assessment import assess
-from vkd.training.measurement import FIGURES, PERCENT_FIGURES
 
 HELP = """\
 vkd.evaluate: accuracy, calibration, entropy and agreement of a network.
@@ -112,6 +110,9 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"arch={own.arch} needs weights", expected="checkpoint=FILE or pretrained=true")
     if own.run is not None and (own.checkpoint or own.pretrained):
         raise ConfigError("run= brings its own weights", expected="checkpoint= and pretrained= with arch= alone")
+    import_training()
+    from vkd.training.assessment import assess
+
     config = _config(own, shared)
     checkpoint = own.checkpoint if own.run is None else RunDirectory(own.run).weights
     report = assess(
@@ -123,6 +124,8 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _table(report: dict[str, Any]) -> str:
+    from vkd.training.measurement import FIGURES, PERCENT_FIGURES
+
     rows = [f"{report['arch']} on {report['dataset']}", f"{'':<12}" + "".join(f"{s:>12}" for s in report["images"])]
     rows.append(f"{'images':<12}" + "".join(f"{count:>12,}" for count in report["images"].values()))
     for name in FIGURES:
@@ -141,14 +144,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with speaking():
         try:
-            print(_table(evaluate(words)))
+            table = _table(evaluate(words))
         except (UserError, OSError) as error:
             complain(error)
             return 2
         except KeyboardInterrupt:
             return STOPPED
+    print(table)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quietly(main))

@@ -14,6 +14,7 @@ _GROUPS = {
     "recipe": "epochs, batch size, optimizer, schedule; recipe@teacher.recipe=... for a teacher that vkd trains",
     "tracker": "who is told beside the run directory",
     "experiment": "named studies, added with a plus: +experiment=...",
+    "hydra/launcher": "fused trains the students of a sweep side by side, with one teacher for all that can share it",
 }
 
 _EXAMPLES = [
@@ -26,6 +27,11 @@ _EXAMPLES = [
     (
         "a sweep: 2 x 3 x 3 students",
         "python -m vkd.train -m divergence=abkd divergence.alpha=0.6,0.8 divergence.beta=0.0,0.2,0.4 seed=1,2,3",
+    ),
+    (
+        "the same sweep for little more than one teacher and 18 students: side by side, six at a time",
+        "python -m vkd.train -m hydra/launcher=fused \\\n"
+        "    divergence=abkd divergence.alpha=0.6,0.8 divergence.beta=0.0,0.2,0.4 seed=1,2,3",
     ),
     (
         "your own photos, with networks from timm",
@@ -55,7 +61,11 @@ _KEYS = [
     ("dataset.val_fraction=0.1", "carved from train for selection; 0: no selection, all of train"),
     ("dataset.train_fraction=1", "share of the training images to learn from, per class"),
     ("runs_root=runs", "and data_root=data; results_root=results is for vkd.collect"),
-    ("compile, channels_last", "true or false; speed only"),
+    ("teacher.cache=none", "views: keep its logits for every view that crop and flip can make, for all runs to come"),
+    (
+        "compile, channels_last, ...",
+        "fused_optimizer, graphs, teacher.fold, teacher.compile: speed only; null: what pays",
+    ),
 ]
 
 

@@ -7,6 +7,7 @@ image folders, `torchvision_arrays` and `torchvision_files` those that torchvisi
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -56,10 +57,10 @@ def load_source(config: DatasetConfig, data_root: Path) -> Source:
 @SOURCES.register("digits")
 def digits(_config: DatasetConfig, _data_root: Path) -> Source:
     """1,797 scans of handwritten digits, 8x8, from scikit-learn; a fixed stratified 500 of them are the test split."""
-    from sklearn.datasets import load_digits
-
-    scans = load_digits()
-    images = np.rint(scans.images * (255 / 16)).astype(np.uint8)[..., None]
-    arrays = ImageArrays(images, scans.target.astype(np.int64))
+    # Its file alone: importing scikit-learn and with it SciPy takes longer than the first epochs.
+    file = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+    scans = np.loadtxt(file, delimiter=",")  # 64 pixels from 0 to 16 and the class in each row
+    images = np.rint(scans[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    arrays = ImageArrays(images, scans[:, -1].astype(np.int64))
     kept, held = stratified_split(arrays.labels, 500 / 1797, seed=0)
     return Source(arrays.subset(kept), None, arrays.subset(held), [str(digit) for digit in range(10)])
