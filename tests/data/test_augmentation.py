@@ -1,9 +1,12 @@
 """Batch augmentations against torchvision's, image by image, and the options in the config."""
 
+import itertools
 from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
@@ -124,6 +127,45 @@ def test_views_of_the_usual_cifar_augmentation():
     crop, flip = build_augmentations({"crop": {"padding": 4}, "flip": {}}, "resident")
     assert (crop.views((32, 32)), flip.views((32, 32))) == (81, 2)
     assert AutoAugment(policy="cifar10").views((32, 32)) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    padding=st.integers(0, 3),
+    p=st.sampled_from([0.0, 0.3, 1.0]),
+    flip_first=st.booleans(),
+    shape=st.tuples(st.integers(1, 3), st.integers(4, 6), st.integers(4, 6)),
+)
+def test_two_views_have_the_same_numbers_exactly_if_they_have_the_same_pixels(padding, p, flip_first, shape):
+    size, crop, flip = shape[1:], Crop(padding=padding), Flip(p=p)
+    places = list(itertools.product(range(2 * padding + 1), repeat=2))
+    mirrored = [choice for choice, can_be in ((0, p < 1), (1, p > 0)) if can_be]
+    every = torch.tensor([(*place, choice) for place in places for choice in mirrored])
+    image = (1 + torch.randperm(int(torch.tensor(shape).prod()))).view(shape).to(torch.uint8)  # no two pixels alike
+    steps = [(crop, every[:, :2]), (flip, every[:, 2:])]
+    views = image.expand(len(every), -1, -1, -1)
+    numbers = []
+    for augmentation, choices in reversed(steps) if flip_first else steps:
+        views = augmentation.apply(views, choices)
+        number = augmentation.number(choices, size)
+        assert number.dtype == torch.int64
+        assert set(number.tolist()) == set(range(augmentation.views(size)))
+        numbers.append(number.tolist())
+    pairs = list(zip(*numbers, strict=True))
+    pixels_of = [view.numpy().tobytes() for view in views]
+    assert len(set(pairs)) == len(set(pixels_of)) == len(set(zip(pairs, pixels_of, strict=True)))
+
+
+def test_the_numbers_of_views_are_those_that_logits_are_kept_under():
+    assert Crop(padding=4).number(torch.tensor([[0, 0], [0, 8], [1, 0], [8, 8]]), (32, 32)).tolist() == [0, 8, 9, 80]
+    assert Flip().number(torch.tensor([[1], [0]]), (32, 32)).tolist() == [1, 0]
+    assert Flip(p=1.0).number(torch.tensor([[1], [1]]), (32, 32)).tolist() == [0, 0]
+
+
+def test_views_without_number_are_a_type_error():
+    augment = AutoAugment(policy="cifar10")
+    with pytest.raises(TypeError, match="AutoAugment"):
+        augment.number(augment.draw(3, torch.Generator(), (8, 8)), (8, 8))
 
 
 def test_order_options_and_switches_of_the_config():

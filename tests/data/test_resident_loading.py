@@ -98,6 +98,71 @@ def test_augmented_images_are_torchvisions_for_the_drawn_choices(load):
         assert torch.equal(image, functional.horizontal_flip(expected) if mirrored[index] else expected)
 
 
+def test_equal_view_rows_are_equal_pixels_and_every_view_of_every_image_has_one(load):
+    data = load(count=12, augmentation={"crop": {"padding": 1}, "flip": {}})
+    assert data.view_count == 18
+    pixels_of = {}
+    for epoch in range(1, 400):
+        for batch in train(data, epoch=epoch, batch_size=6):
+            assert batch.view_rows.dtype == torch.int64
+            assert torch.equal(batch.view_rows // 18, batch.indices)
+            for row, image in zip(batch.view_rows.tolist(), batch.images, strict=True):
+                assert pixels_of.setdefault(row, image.numpy().tobytes()) == image.numpy().tobytes()
+    assert sorted(pixels_of) == list(range(12 * 18))
+    assert len(set(pixels_of.values())) == 12 * 18
+
+
+@pytest.mark.parametrize("order", [["crop", "flip"], ["flip", "crop"]])
+def test_a_view_row_says_how_the_image_was_cut_and_mirrored(load, order):
+    data = load(count=40, augmentation={name: {"crop": {"padding": 2}, "flip": {}}[name] for name in order})
+    views = {"crop": 25, "flip": 2}
+    for batch in train(data, batch_size=10):
+        for row, image in zip(batch.view_rows.tolist(), batch.images.numpy(), strict=True):
+            numbers = {}
+            for name in reversed(order):
+                row, numbers[name] = divmod(row, views[name])
+            expected = data.images("train")[row].numpy()
+            for name in order:
+                if name == "crop":
+                    top, left = divmod(numbers["crop"], 5)
+                    expected = np.pad(expected, ((0, 0), (2, 2), (2, 2)))[:, top : top + 6, left : left + 5]
+                elif numbers["flip"]:
+                    expected = expected[:, :, ::-1]
+            assert np.array_equal(image, expected)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3000, 1 << 20])
+def test_view_rows_do_not_depend_on_the_start_the_batch_size_or_further_views(load_views, monkeypatch, chunk_bytes):
+    data = load_views(count=100)
+    whole = torch.cat([batch.view_rows for batch in train(data)])
+    assert [len(batch.view_rows) for batch in train(data)] == [len(batch.targets) for batch in train(data)]
+    monkeypatch.setitem(vkd.data.resident.CHUNK_BYTES, "cpu", chunk_bytes)
+    for start in range(12):
+        assert torch.equal(torch.cat([batch.view_rows for batch in train(data, start_step=start)]), whole[8 * start :])
+    assert torch.equal(torch.cat([batch.view_rows for batch in train(data, batch_size=25)]), whole)
+    assert torch.equal(torch.cat([batch.view_rows for batch in train(data, views=3)]), whole)
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "view_count"),
+    [
+        ({}, 1),
+        ({"flip": {"p": 1.0}}, 1),
+        ({"flip": {}, "crop": {"padding": 4}}, 162),
+        ({"auto_augment": {}}, None),
+        ({"crop": {}, "auto_augment": {}, "flip": {}}, None),
+    ],
+)
+def test_view_rows_are_there_where_the_views_of_an_image_can_be_counted(load, augmentation, view_count):
+    data = load(augmentation=augmentation)
+    assert data.view_count == view_count
+    for batch in train(data):
+        assert (batch.view_rows is None) == (view_count is None)
+        if view_count == 1:
+            assert torch.equal(batch.view_rows, batch.indices)
+    assert all(batch.view_rows is None for batch in data.eval_batches("test", batch_size=4))
+
+
 @pytest.fixture
 def load_views(load):
     """A function that loads a packed set with augmentations for further views of its training images."""

@@ -127,6 +127,12 @@ def test_augmentation_is_torchvisions_with_the_seed_of_the_image(load, tmp_path)
 VIEW_AUGMENTATION = {"random_resized_crop": {"scale": [0.2, 0.9]}, "auto_augment": {"policy": "imagenet"}}
 
 
+def test_the_views_of_an_image_that_is_read_from_a_file_are_not_counted(load):
+    data = load(augmentation={"flip": {}})
+    assert data.view_count is None
+    assert all(batch.view_rows is None for batch in train(data))
+
+
 @pytest.fixture
 def load_views(load):
     """A function that loads the image folder with augmentations for further views of its training images."""

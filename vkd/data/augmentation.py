@@ -52,6 +52,14 @@ class BatchAugmentation(ABC):
     def views(self, image_size: tuple[int, int], /) -> int | None:
         """How many different images one image can become; None where there are too many to number."""
 
+    def number(self, choices: Tensor, image_size: tuple[int, int], /) -> Tensor:
+        """Which of the `views` each of the `choices` [B, k] makes: int64 [B] in 0 .. views - 1, where they are drawn.
+
+        Choices that make different images have different numbers, those that make the same image have the same one.
+        Logits that are kept on disk are found again by it, so it must not change. One whose `views` is None has none.
+        """
+        raise TypeError(f"the views of {type(self).__name__} have no numbers")
+
 
 class ImageAugmentation(ABC):
     """Works on one decoded image at a time, in a worker."""
@@ -98,6 +106,10 @@ class Crop(BatchAugmentation, ImageAugmentation):
     def views(self, _image_size: tuple[int, int], /) -> int:
         return (2 * self.padding + 1) ** 2
 
+    def number(self, choices: Tensor, _image_size: tuple[int, int], /) -> Tensor:
+        """Row by row: top * (2 * padding + 1) + left."""
+        return choices[:, 0] * (2 * self.padding + 1) + choices[:, 1]
+
     def transform(self, image_size: int, _interpolation: InterpolationMode, /) -> nn.Module:
         return v2.RandomCrop(image_size, padding=self.padding)
 
@@ -125,6 +137,10 @@ class Flip(BatchAugmentation, ImageAugmentation):
 
     def views(self, _image_size: tuple[int, int], /) -> int:
         return 2 if 0 < self.p < 1 else 1
+
+    def number(self, choices: Tensor, image_size: tuple[int, int], /) -> Tensor:
+        """1 for a mirrored image, else 0; 0 where all are mirrored or none is."""
+        return choices[:, 0] * (self.views(image_size) - 1)
 
     def transform(self, _image_size: int, _interpolation: InterpolationMode, /) -> nn.Module:
         return v2.RandomHorizontalFlip(self.p)

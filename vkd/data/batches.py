@@ -21,12 +21,16 @@ class ImageBatch:
     targets: classes, int64 [B].
     indices: positions in the split, int64 [B].
     views: further views of the same images, each as `images`, where several were asked for.
+    view_rows: which of the `Data.view_count` views of which training image each of `images` is, as one number,
+        index * view_count + number of the view: int64 [B], always on the CPU. Equal rows are equal pixels. None where
+        views cannot be counted, and for images that are not augmented.
     """
 
     images: Tensor
     targets: Tensor
     indices: Tensor
     views: list[Tensor] = field(default_factory=list)
+    view_rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,20 @@ class Data(ABC):
         identity: sha256 in hex of the content: pixels (or relative paths and sizes of files), labels, class names.
         sizes: number of images of each split present, under "train", "val", "test".
         has_views: whether training images can have further views, which have augmentations of their own.
+        view_count: how many different images the augmentations can make of a training image, 1 where there are none;
+            None where that cannot be counted, as for images that are read from files.
     """
 
     loading: str
 
     def __init__(
-        self, description: Description, sizes: dict[str, int], device: torch.device, *, has_views: bool
+        self,
+        description: Description,
+        sizes: dict[str, int],
+        device: torch.device,
+        *,
+        has_views: bool,
+        view_count: int | None = None,
     ) -> None:
         self.name = description.name
         self.class_names = description.class_names
@@ -75,6 +87,7 @@ class Data(ABC):
         self.sizes = sizes
         self.device = device
         self.has_views = has_views
+        self.view_count = view_count
 
     @property
     def splits_present(self) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -42,7 +44,14 @@ class ResidentData(Data):
         view_augmentations: Sequence[BatchAugmentation] | None = None,
     ) -> None:
         sizes = {split: len(arrays.labels) for split, arrays in splits.items()}
-        super().__init__(description, sizes, device, has_views=view_augmentations is not None)
+        counts = [augmentation.views(description.image_size) for augmentation in augmentations]
+        super().__init__(
+            description,
+            sizes,
+            device,
+            has_views=view_augmentations is not None,
+            view_count=None if None in counts else math.prod(counts),
+        )
         self.augmentations = list(augmentations)
         self.view_augmentations = list(view_augmentations or [])
         self._images = {split: _channels_first(arrays.images).to(device) for split, arrays in splits.items()}
@@ -64,6 +73,8 @@ class ResidentData(Data):
         drawn = [self._draw(self.augmentations, generator(seed, "augmentation", epoch))]
         for view in range(1, views):
             drawn.append(self._draw(self.view_augmentations, generator(seed, "view augmentation", view, epoch)))
+        view_rows = itertools.repeat(None) if self.view_count is None else self._view_rows(drawn[0], order, batch_size)
+        drawn = [self._placed(choices) for choices in drawn]
         order = order.to(self.device, non_blocking=True)
         batch_bytes = batch_size * self.channels * self.image_size[0] * self.image_size[1]
         for chunk in order.split(batch_size * max(1, CHUNK_BYTES.get(self.device.type, 1 << 20) // batch_bytes)):
@@ -71,13 +82,25 @@ class ResidentData(Data):
             images, *others = [_augment(stored, choices, chunk) for choices in drawn]
             tensors = (images, self._labels["train"].index_select(0, chunk), chunk, *others)
             for first, targets, indices, *further in zip(*(part.split(batch_size) for part in tensors), strict=True):
-                yield ImageBatch(first, targets, indices, further)
+                yield ImageBatch(first, targets, indices, further, next(view_rows))
 
     def _draw(self, augmentations: Sequence[BatchAugmentation], random: torch.Generator) -> list[_Choices]:
-        """Every augmentation with its choices for all training images of an epoch, on the device."""
-        drawn = [augmentation.draw(self.train_size, random, self.image_size) for augmentation in augmentations]
-        rows = [choices.to(self.device, non_blocking=True) for choices in drawn]
-        return list(zip(augmentations, rows, strict=True))
+        """Every augmentation with its choices for all training images of an epoch, on the CPU."""
+        return [
+            (augmentation, augmentation.draw(self.train_size, random, self.image_size))
+            for augmentation in augmentations
+        ]
+
+    def _placed(self, drawn: list[_Choices]) -> list[_Choices]:
+        """The same choices on the device."""
+        return [(augmentation, choices.to(self.device, non_blocking=True)) for augmentation, choices in drawn]
+
+    def _view_rows(self, drawn: list[_Choices], order: Tensor, batch_size: int) -> Iterator[Tensor]:
+        """`ImageBatch.view_rows` of each batch of an epoch, from all its choices at once, without the device."""
+        rows = torch.arange(self.train_size)
+        for augmentation, choices in drawn:
+            rows = rows * augmentation.views(self.image_size) + augmentation.number(choices, self.image_size)
+        return iter(rows.index_select(0, order).split(batch_size))
 
     def _eval_batches(self, split: str, batch_size: int) -> Iterator[ImageBatch]:
         indices = torch.arange(self.sizes[split], device=self.device)
