@@ -17,7 +17,6 @@ from toys import (
 from vkd.errors import TrainingError
 from vkd.training.checkpoint import read_checkpoint
 from vkd.training.interruption import Interrupted
-from vkd.training.trainer import Trainer
 
 # Thirty images in batches of eight: four steps an epoch, the last one of six images; three without it.
 CASES = {
@@ -226,23 +225,34 @@ def test_a_loss_that_is_not_finite_is_found_when_the_run_is_stopped_and_makes_no
     assert not path.exists()
 
 
-def test_students_that_stand_at_different_steps_are_not_trained_side_by_side(data, tmp_path):
+@pytest.mark.parametrize("stop", [{"stop_after": 2}, {"stop_after": 4}, {"stop_after": 6}, {"stop_after_epoch": 2}])
+def test_students_that_a_kill_left_at_different_steps_are_brought_together_and_equal_each_alone(data, tmp_path, stop):
     path = tmp_path / "last.ckpt"
-    interrupted_run(data, path, stop_after=2)
-    first, second = rig(data, checkpoint=path), rig(data)
-    first.session.restore()
-    trainer = Trainer(
-        [first.session, second.session],
-        teacher=first.teacher,
-        data=data,
-        recipe=recipe(),
-        normalization=first.trainer.normalization,
-        seed=1,
-        device=first.trainer.device,
-        display=first.display,
-    )
-    with pytest.raises(TrainingError, match="different"):
-        trainer.fit()
+    expected = [outcome(rig(data, init=init, seed=init)) for init in (3, 4)]
+    interrupted_run(data, path, init=3, seed=3, **stop)
+    ahead, behind = rig(data, checkpoint=path, init=77, seed=3), rig(data, init=4, seed=4)
+    assert ahead.session.restore()
+    assert ahead.session.position > behind.session.position
+    ahead.trainer.sessions.append(behind.session)
+    records = ahead.trainer.fit()
+    found = [outcome(parts, record) for parts, record in zip((ahead, behind), records, strict=True)]
+    assert differences(expected, found) == []
+
+
+def test_a_student_that_fails_leaves_the_others_as_they_are_alone(data):
+    expected = outcome(rig(data, init=4, seed=4))
+    bad, good = rig(data, init=3, seed=3), rig(data, init=4, seed=4)
+    with torch.no_grad():
+        bad.learner.student.fc.bias.fill_(float("nan"))
+    failures = []
+    bad.trainer.sessions.append(good.session)
+    bad.trainer.on_failure = lambda session, error: failures.append((session, str(error)))
+    records = bad.trainer.fit()
+    assert records[0] is None
+    assert differences(expected, outcome(good, records[1])) == []
+    (failure,) = failures
+    assert failure[0] is bad.session
+    assert "at step 1" in failure[1]
 
 
 def test_students_that_train_side_by_side_equal_each_alone(data):

@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ RUNNING, INTERRUPTED, DONE, FAILED = "running", "interrupted", "done", "failed"
 
 logger = logging.getLogger("vkd")
 
+_speaker: ContextVar[RunDirectory | None] = ContextVar("speaker", default=None)
+"""The run of which what is said is said; None for what concerns all."""
+
+
+def spoken_label() -> str:
+    """The label of the run that is being spoken of; empty where it needs none."""
+    speaker = _speaker.get()
+    return "" if speaker is None else speaker.label
+
 
 def _safe(name: str) -> str:
     """`name` with everything but letters, digits, '.', '_' and '+' replaced, so that it is one short folder name."""
@@ -35,10 +45,12 @@ class RunDirectory:
 
     Args:
         path: of the directory, which need not exist.
+        label: how the run is called among those that it is trained side by side with; empty where it is alone.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, label: str = "") -> None:
         self.path = Path(path)
+        self.label = label
 
     @classmethod
     def of(
@@ -163,9 +175,19 @@ class RunDirectory:
             lock.release()
 
     @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """Within it, what vkd says is said of this run, and goes into no other run's `train.log`."""
+        token = _speaker.set(self)
+        try:
+            yield
+        finally:
+            _speaker.reset(token)
+
+    @contextmanager
     def logged(self) -> Iterator[None]:
-        """Copy what vkd says to `train.log` too."""
+        """Copy what vkd says to `train.log` too, but for what is said of another run alone."""
         handler = logging.FileHandler(self.log, encoding="utf-8")
+        handler.addFilter(lambda _record: _speaker.get() in (None, self))
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         try:

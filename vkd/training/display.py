@@ -56,6 +56,13 @@ class LineDisplay:
         """Nothing is open."""
 
 
+class Silent(LineDisplay):
+    """Shows nothing."""
+
+    def epoch_done(self, figures: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 class BarDisplay(LineDisplay):
     """A bar over all the steps of the run, with the epoch, loss terms, accuracy, images a second and the time left."""
 

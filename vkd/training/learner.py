@@ -34,6 +34,7 @@ class Learner:
         device: where it trains.
         intermediates: runs the student where the method asks for its features.
         compile: compile the student's forward pass.
+        fused_optimizer: take the optimizer's fused implementation.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Learner:
         device: torch.device,
         intermediates: Intermediates | None = None,
         compile: bool = False,
+        fused_optimizer: bool = False,
     ) -> None:
         self.student = student
         self.intermediates = intermediates
@@ -56,7 +58,7 @@ class Learner:
         self.precision = precision
         self.cross_entropy_weight = cross_entropy_weight
         self.device = device
-        self.optimizer = make_optimizer(recipe, student, method.parameters())
+        self.optimizer = make_optimizer(recipe, student, method.parameters(), fused=fused_optimizer)
         self.parameters = [entry for group in self.optimizer.param_groups for entry in group["params"]]
         self.schedule = Schedule(recipe, self.optimizer)
         self.average = None if recipe.ema_decay is None else ModelEmaV3(student, decay=recipe.ema_decay)

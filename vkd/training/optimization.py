@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
@@ -34,14 +34,24 @@ def scheduler_names() -> list[str]:
 
 
 def make_optimizer(
-    recipe: RecipeConfig, student: nn.Module, extra_parameters: Iterable[nn.Parameter] = (), *, where: str = "recipe"
+    recipe: RecipeConfig,
+    student: nn.Module,
+    extra_parameters: Iterable[nn.Parameter] = (),
+    *,
+    fused: bool = False,
+    where: str = "recipe",
 ) -> torch.optim.Optimizer:
     """The recipe's optimizer over the student's parameters and those of its methods.
 
     Weight decay reaches every parameter, as in the CIFAR literature, unless `decay_norm_and_bias` is false; then it
     spares biases and one-dimensional weights, those of the methods too.
 
-    `where` is the config path of the recipe, for the message.
+    Args:
+        recipe: optimizer, rate, weight decay and options.
+        student: the network.
+        extra_parameters: those of its methods.
+        fused: take the optimizer's fused implementation, where it has one and the recipe's options do not choose.
+        where: the config path of the recipe, for the message.
 
     Raises ConfigError when the optimizer refuses its options.
     """
@@ -57,6 +67,7 @@ def make_optimizer(
         ignored = sorted(_FACTORY_OPTIONS & set(recipe.optimizer_options))
         if ignored:
             raise TypeError(f"{', '.join(ignored)} is not an option of its own")
+        implementation = {"fused": True} if fused and _has_fused(recipe) else {}
         return create_optimizer_v2(
             groups,
             opt=recipe.optimizer,
@@ -64,6 +75,7 @@ def make_optimizer(
             weight_decay=recipe.weight_decay,
             momentum=recipe.momentum,
             filter_bias_and_bn=False,
+            **implementation,
             **recipe.optimizer_options,
         )
     except (TypeError, ValueError, AssertionError, ImportError, LookupError, RuntimeError) as error:
@@ -72,6 +84,13 @@ def make_optimizer(
             expected="options that this optimizer takes",
             hint=f"{where}.optimizer_options={{}}",
         ) from error
+
+
+def _has_fused(recipe: RecipeConfig) -> bool:
+    """Whether the optimizer has a fused implementation and its options do not name one themselves."""
+    options = inspect.signature(get_optimizer_class(recipe.optimizer, bind_defaults=False)).parameters
+    chosen = {"fused", "foreach", "differentiable", "capturable"} & set(recipe.optimizer_options)
+    return "fused" in options and not chosen
 
 
 class Schedule:

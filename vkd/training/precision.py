@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import Any
 
 import torch
 from torch import nn
+
+logger = logging.getLogger("vkd")
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,6 +30,11 @@ class Precision:
         self.device = device
         self.dtype = _DTYPES[name]
         self.scaler = torch.amp.GradScaler(device.type) if name == "fp16" else None
+
+    def warn_if_emulated(self) -> None:
+        """Say so where the processor has no arithmetic of this precision."""
+        if self.name == "bf16" and self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            logger.warning("this processor has no bfloat16 arithmetic: precision=bf16 is slower than fp32 here")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context of a forward pass."""

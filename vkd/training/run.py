@@ -1,4 +1,4 @@
-"""One run from a config to its directory: data, teacher, student, training, result."""
+"""Runs from configs to their directories: data, teacher, students, training, results."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 import logging
 import os
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +16,35 @@ import torch
 from rich.console import Console
 
 from vkd.config import TEACHERS_STUDY, Config, StudentConfig, fingerprint, run_identity
-from vkd.data import Data, Normalization, load_data
-from vkd.divergences import make_divergence
+from vkd.data import Data, Normalization
 from vkd.errors import ConfigError
-from vkd.methods import METHODS, Combination, MethodContext, make_method
-from vkd.models import Intermediates, count_parameters, create_model, save_weights
-from vkd.randomness import derive_seed, generator
+from vkd.models import count_parameters, save_weights
 from vkd.records.atomic import write_json_atomically
 from vkd.records.run_directory import DONE, FAILED, INTERRUPTED, RUNNING, RunDirectory
 from vkd.tracking import TRACKERS, Tracker
-from vkd.training.display import make_display
-from vkd.training.environment import choose_device, environment
-from vkd.training.learner import Learner
-from vkd.training.measurement import Evaluator
-from vkd.training.optimization import Schedule, make_optimizer
-from vkd.training.precision import Precision
-from vkd.training.session import Record, Session
-from vkd.training.teacher import (
-    Teacher,
-    freeze,
-    open_teacher,
-    open_untrained,
-    open_weights,
-    teacher_identity,
-    teacher_normalization,
+from vkd.training.assembly import (
+    OpenedTeacher,
+    Setting,
+    Workplace,
+    make_learner,
+    make_methods,
+    make_session,
+    make_student,
+    make_teacher,
+    make_trainer,
+    needs_features,
+    open_given,
+    open_setting,
+    views_of,
 )
-from vkd.training.trainer import Trainer
+from vkd.training.display import make_display
+from vkd.training.environment import environment
+from vkd.training.learner import Learner
+from vkd.training.memory import available_bytes, learner_bytes, step_bytes
+from vkd.training.optimization import Schedule, make_optimizer
+from vkd.training.session import Record, Session
+from vkd.training.teacher import Teacher, open_untrained, open_weights, teacher_identity, teacher_normalization
+from vkd.training.teacher_views import require_discrete
 
 logger = logging.getLogger("vkd")
 
@@ -49,21 +53,61 @@ logger = logging.getLogger("vkd")
 class Outcome:
     """What became of a run.
 
-    directory: where its files are.
-    skipped: it had been done before.
+    directory: where its files are; None where it failed before it had one.
+    skipped: it had been done before, or by another run of the same command.
+    error: why it failed; None where it did not.
     """
 
-    directory: RunDirectory
+    directory: RunDirectory | None = None
     skipped: bool = False
+    error: Exception | None = None
 
 
-def run(config: Config, *, console: Console, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
+def run(
+    config: Config,
+    *,
+    console: Console,
+    should_stop: Callable[[], bool] = lambda: False,
+    workplace: Workplace | None = None,
+) -> Outcome:
     """Do the run that `config` describes: from its last checkpoint if there is one, not at all if it is done.
 
     Everything that can be wrong with the input is found before the run directory is made.
 
+    Args:
+        config: of the run.
+        console: where progress is shown.
+        should_stop: asked after every step; true stops with a checkpoint.
+        workplace: what is shared with other runs of this process; None shares nothing.
+
     Raises UserError for wrong input, Interrupted when asked to stop; any exception after the directory is made leaves
     its traceback there.
+    """
+    (outcome,) = run_together([config], console=console, should_stop=should_stop, workplace=workplace)
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome
+
+
+def run_together(
+    configs: Sequence[Config],
+    *,
+    console: Console,
+    labels: Sequence[str] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    workplace: Workplace | None = None,
+) -> list[Outcome]:
+    """Do runs that share everything but method and divergence: one data pipeline, one teacher, a student each.
+
+    Each run has its own directory, records and checkpoints, as if it had run alone; on a CPU in float32 its numbers are
+    those of the run alone, to the last bit. One that fails leaves its traceback and the others as they are.
+
+    Args:
+        configs: of the runs; `can_run_together` says which may be together.
+        console, should_stop, workplace: as for `run`.
+        labels: what tells each run from the others in a few words.
+
+    Raises what concerns all of them: UserError for wrong data or a wrong teacher, Interrupted when asked to stop.
     """
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes not in ("", "1"):
@@ -73,12 +117,19 @@ def run(config: Config, *, console: Console, should_stop: Callable[[], bool] = l
             expected="one process a run",
             hint="python -m vkd.train, without the launcher",
         )
-    device = choose_device(config.device)
-    views = max((METHODS[name].views for name in config.method), default=1)
-    data = load_data(config.dataset, config.data_root, device=device, workers=config.workers, views=views)
-    for note in data.notes:
-        logger.info("%s", note)
-    return _Run(config, data, device, console, should_stop).do()
+    jobs = [_Job(config, label) for config, label in zip(configs, labels or [""] * len(configs), strict=True)]
+    _Group(jobs, console, should_stop, workplace or Workplace()).do()
+    return [job.outcome for job in jobs]
+
+
+def shared_part(config: Config) -> tuple[Any, ...]:
+    """What two configs must have alike for their students to be trained side by side: all but method and divergence.
+
+    Methods that want the teacher's features, or several views, are kept to themselves, so that what a teacher gives the
+    others stays what it would give each alone.
+    """
+    shared = dataclasses.replace(config, method={}, divergence={}, cross_entropy_weight=None)
+    return config.is_plain, needs_features(config), views_of(config), dataclasses.asdict(shared)
 
 
 def teacher_training_config(config: Config) -> Config:
@@ -115,27 +166,8 @@ def directory_of(config: Config, run_fingerprint: str) -> RunDirectory:
     )
 
 
-@dataclass
-class _OpenedTeacher:
-    """A teacher's network before it is frozen: its weights' sha256, where they come from, whether they saw val."""
-
-    model: torch.nn.Module
-    sha256: str
-    source: str
-    saw_val: bool | str
-
-    def freeze(self, config: Config, data: Data, device: torch.device) -> Teacher:
-        return freeze(
-            self.model, config, data, source=self.source, sha256=self.sha256, saw_val=self.saw_val, device=device
-        )
-
-
-def _open_given(config: Config, data: Data) -> _OpenedTeacher:
-    return _OpenedTeacher(*open_teacher(config, data), saw_val="unknown")
-
-
-def _open_trained(config: Config, data: Data, directory: RunDirectory) -> _OpenedTeacher:
-    return _OpenedTeacher(*open_weights(config, data, directory.weights), source="trained", saw_val=False)
+def _open_trained(config: Config, data: Data, directory: RunDirectory) -> OpenedTeacher:
+    return OpenedTeacher(*open_weights(config, data, directory.weights), source="trained", saw_val=False)
 
 
 def find_teacher(config: Config, data: Data, *, device: torch.device) -> Teacher | None:
@@ -147,7 +179,7 @@ def find_teacher(config: Config, data: Data, *, device: torch.device) -> Teacher
     if teacher.is_given:
         if teacher.checkpoint is not None and not Path(teacher.checkpoint).exists():
             return None
-        return _open_given(config, data).freeze(config, data, device)
+        return open_given(config, data).freeze(config, data, device)
     own = teacher_training_config(config)
     directory = directory_of(own, fingerprint(run_identity(own, data=data.identity, teacher=None)))
     if not directory.is_done():
@@ -155,243 +187,310 @@ def find_teacher(config: Config, data: Data, *, device: torch.device) -> Teacher
     return _open_trained(config, data, directory).freeze(config, data, device)
 
 
-class _Run:
+@dataclass
+class _Job:
+    """One run among those that are done together.
+
+    outcome: what became of it.
+    ended: it takes no further part, since it is done or has failed.
+    entered: its directory is its own by now, so that an error belongs in there.
+    """
+
+    config: Config
+    label: str
+    outcome: Outcome = field(default_factory=Outcome)
+    ended: bool = False
+    entered: bool = False
+    student: torch.nn.Module | None = None
+    run_id: str = ""
+    group_id: str = ""
+    directory: RunDirectory | None = None
+    learner: Learner | None = None
+    session: Session | None = None
+    tracker: Tracker | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Note why it ended, in its directory too where it has one. Whoever called says it to the user."""
+        self.ended, self.outcome.error = True, error
+        if self.entered:
+            text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+            self.end_early(FAILED, error, text)
+            with self.directory.speaking():
+                logger.debug("failed\n%s", text)
+
+    def end_early(self, state: str, error: BaseException, text: str = "") -> None:
+        """Write the state of a run that ends before its time, and tell its tracker."""
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        self.directory.write_state(state, reason=reason, traceback=text, epochs=self.config.recipe.epochs)
+        if self.tracker is not None:
+            self.tracker.finish({}, failed=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of what a run needs while it trains."""
+        self.student = self.learner = self.session = self.tracker = None
+
+    def skip(self) -> None:
+        """It need not be done."""
+        self.ended = self.outcome.skipped = True
+        self.outcome.directory = self.directory
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Turn an error into this run's failure."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+
+
+class _Group:
+    """Runs that are done together; see `run_together`."""
+
     def __init__(
-        self, config: Config, data: Data, device: torch.device, console: Console, should_stop: Callable[[], bool]
+        self, jobs: list[_Job], console: Console, should_stop: Callable[[], bool], workplace: Workplace
     ) -> None:
-        self.config = config
-        self.data = data
-        self.device = device
+        self.jobs = jobs
+        self.config = jobs[0].config
         self.console = console
         self.should_stop = should_stop
+        self.workplace = workplace
 
-    def do(self) -> Outcome:
-        config, data = self.config, self.data
-        student = create_model(
-            config.student.arch,
-            num_classes=data.num_classes,
-            in_channels=data.channels,
-            image_size=data.image_size,
-            seed=derive_seed(config.seed, "student"),
-        )
+    @property
+    def left(self) -> list[_Job]:
+        """The runs that are still to be done."""
+        return [job for job in self.jobs if not job.ended]
+
+    def do(self) -> None:
+        setting = open_setting(self.config, self.workplace, max(views_of(job.config) for job in self.jobs))
+        for note in setting.data.notes:
+            logger.info("%s", note)
+        for job in self.jobs:
+            with job.guarded():
+                job.student = make_student(job.config, setting.data)
+                self._check_recipe(job.student, setting)
+                setting.decide(job.config, job.student)
         opened, weights = None, None
-        self._check_recipe(student)
-        if not config.is_plain:
-            opened, weights = self._find_teacher(student)
-        identity = run_identity(config, data=data.identity, teacher=weights)
-        group = fingerprint({key: value for key, value in identity.items() if key != "seed"})
-        directory = directory_of(config, fingerprint(identity))
-        if directory.is_done():
-            # A teacher that is there is nothing to speak of: the runs that use it say so.
-            if config.study != TEACHERS_STUDY:
-                logger.info("already done: %s", directory.path)
-            return Outcome(directory, skipped=True)
-        teacher = None if opened is None else self._freeze(opened)
-        learner = self._learner(student, teacher)
-        directory.create()
-        with directory.held(wait=config.study == TEACHERS_STUDY), directory.logged():
-            # Whoever held the directory before may have finished the run.
-            if directory.is_done():
-                return Outcome(directory, skipped=True)
-            directory.write_config(config.as_dict())
-            try:
-                self._train(directory, learner, teacher, fingerprint(identity), group)
-            except BaseException as error:
-                self._record_end(directory, error)
-                raise
-        return Outcome(directory)
+        if not self.config.is_plain and self.left:
+            opened, weights = self._find_teacher(setting)
+        for job in self.left:
+            with job.guarded():
+                self._identify(job, setting.data, weights)
+        self._skip_repetitions()
+        if not self.left:
+            return
+        if opened is not None:
+            setting.teacher = self._make_teacher(setting, opened, weights)
+        while self.left:
+            self._train(self._as_many_as_fit(setting), setting)
 
-    def _check_recipe(self, student: torch.nn.Module) -> None:
+    def _check_recipe(self, student: torch.nn.Module, setting: Setting) -> None:
         """Raise ConfigError where data or network refuse the recipe, before a teacher is trained for nothing."""
         config, recipe = self.config, self.config.recipe
-        self.data.steps_per_epoch(recipe.batch_size, recipe.drop_last)
         where = "teacher.recipe" if config.study == TEACHERS_STUDY else "recipe"
         Schedule(recipe, make_optimizer(recipe, student, where=where), where=where)
         if not config.is_plain and config.teacher.mean is not None:
-            Normalization(config.teacher.mean, config.teacher.std, self.data.channels, key="teacher")
+            Normalization(config.teacher.mean, config.teacher.std, setting.data.channels, key="teacher")
 
-    def _record_end(self, directory: RunDirectory, error: BaseException) -> None:
-        """Leave in the directory why the run ended early. Whoever called says it to the user."""
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if isinstance(error, KeyboardInterrupt):
-            directory.write_state(INTERRUPTED, reason=reason, epochs=self.config.recipe.epochs)
-        else:
-            text = traceback.format_exc()
-            directory.write_state(FAILED, reason=reason, traceback=text, epochs=self.config.recipe.epochs)
-            logger.debug("failed\n%s", text)
-
-    def _learner(self, student: torch.nn.Module, teacher: Teacher | None) -> Learner:
-        config = self.config
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        student = student.to(self.device, memory_format=layout)
-        method, intermediates, teacher_intermediates = self._method(student, None if teacher is None else teacher.model)
-        if teacher is not None:
-            teacher.intermediates = teacher_intermediates
-        return Learner(
-            student,
-            method.to(self.device),
-            config.recipe,
-            precision=Precision(config.precision, self.device),
-            cross_entropy_weight=config.cross_entropy_weight,
-            seed=config.seed,
-            device=self.device,
-            intermediates=intermediates,
-            compile=config.compile,
-        )
-
-    def _find_teacher(self, student: torch.nn.Module) -> tuple[_OpenedTeacher, dict[str, Any]]:
+    def _find_teacher(self, setting: Setting) -> tuple[OpenedTeacher | None, dict[str, Any] | None]:
         """The teacher and what identifies it, training it first where nothing else gives it.
 
-        A trained teacher is identified by the run that trains it, a given one by its weights. Whether the method can
+        A trained teacher is identified by the run that trains it, a given one by its weights. Whether the methods can
         serve the pair is found out before a teacher is trained or measured.
         """
-        config, data = self.config, self.data
-        if config.teacher.is_given:
-            opened = _open_given(config, data)
+        config, data = self.config, setting.data
+        opened = open_given(config, data) if config.teacher.is_given else None
+        model = open_untrained(config, data) if opened is None else opened.model
+        for job in self.left:
+            with job.guarded():
+                make_methods(job.config, data, job.student, model)
+        if config.teacher.cache == "views":
+            require_discrete(data)
+        if not self.left:
+            return None, None
+        if opened is not None:
             weights = {"sha256": opened.sha256}
-            self._method(student, opened.model)
         else:
-            self._method(student, open_untrained(config, data))
             own = teacher_training_config(config)
             weights = {"fingerprint": fingerprint(run_identity(own, data=data.identity, teacher=None))}
-            outcome = _Run(own, data, self.device, self.console, self.should_stop).do()
+            outcome = run(own, console=self.console, should_stop=self.should_stop, workplace=self.workplace)
             opened = _open_trained(config, data, outcome.directory)
         normalization = teacher_normalization(config.teacher, opened.model, data)
         return opened, teacher_identity(config.teacher.arch, normalization, weights)
 
-    def _freeze(self, opened: _OpenedTeacher) -> Teacher:
-        teacher = opened.freeze(self.config, self.data, self.device)
+    def _identify(self, job: _Job, data: Data, weights: dict[str, Any] | None) -> None:
+        identity = run_identity(job.config, data=data.identity, teacher=weights)
+        job.run_id = fingerprint(identity)
+        job.group_id = fingerprint({key: value for key, value in identity.items() if key != "seed"})
+        job.directory = directory_of(job.config, job.run_id)
+        job.directory.label = job.label
+
+    def _skip_repetitions(self) -> None:
+        """End the runs that are done, and those that another one of the group does."""
+        seen: set[str] = set()
+        for job in self.left:
+            if job.directory.is_done():
+                job.skip()
+                # A teacher that is there is nothing to speak of: the runs that use it say so.
+                if job.config.study != TEACHERS_STUDY:
+                    logger.info("already done: %s", job.directory.path)
+            elif job.run_id in seen:
+                job.skip()
+                logger.info("the same run as another of this sweep: %s", job.directory.path)
+            seen.add(job.run_id)
+
+    def _make_teacher(self, setting: Setting, opened: OpenedTeacher, identity: dict[str, Any]) -> Teacher:
+        teacher = make_teacher(self.config, setting, self.workplace, opened, identity)
         figures = ", ".join(f"{split} {value:.2f} %" for split, value in teacher.accuracy.items() if value is not None)
         logger.info("teacher %s (%s): %s", teacher.arch, teacher.source, figures)
         if teacher.saw_val == "unknown":
             logger.info("it may have been trained on the images of val, so its val figure may be inflated")
         return teacher
 
-    def _train(
-        self, directory: RunDirectory, learner: Learner, teacher: Teacher | None, run_id: str, group: str
-    ) -> None:
-        config, data, recipe = self.config, self.data, self.config.recipe
-        self._announce(directory)
-        normalization = Normalization(data.mean, data.std, data.channels).to(self.device)
-        evaluator = Evaluator(
-            data,
-            normalization,
-            teacher_logits={} if teacher is None else teacher.logits,
-            batch_size=config.evaluation_batch_size,
-            device=self.device,
-        )
-        study = config.study or config.dataset.name
-        tracker: Tracker = TRACKERS[config.tracker.name](config, directory.path, name=directory.path.name, study=study)
-        session = Session(
-            learner,
-            evaluator,
-            fingerprint=run_id,
-            checkpoint_path=directory.checkpoint,
-            on_epoch=lambda line: self._epoch_done(directory, tracker, session, line),
-        )
-        display = make_display(self.console)
-        finished = False
-        try:
-            if session.restore():
-                epoch, step = session.position
-                logger.info("going on after step %d of epoch %d", step, epoch)
-                for line in session.history:
-                    tracker.log(line)
-            directory.write_metrics(session.history)
-            directory.write_state(RUNNING, epoch=session.position[0] - 1, epochs=recipe.epochs)
-            trainer = Trainer(
-                [session],
-                teacher=teacher,
-                data=data,
-                recipe=recipe,
-                normalization=normalization,
-                seed=config.seed,
-                device=self.device,
-                display=display,
-                should_stop=self.should_stop,
-                channels_last=config.channels_last,
-            )
-            (record,) = trainer.fit()
-            self._write_result(directory, learner, teacher, record, run_id, group)
-            tracker.finish(record.metrics)
-            finished = True
-        finally:
-            display.close()
-            if not finished:
-                tracker.finish({}, failed=True)
+    def _as_many_as_fit(self, setting: Setting) -> list[_Job]:
+        """The next runs, with their learners, as many as memory and `students_at_once` allow; at least one."""
+        chosen: list[_Job] = []
+        most = self.config.students_at_once or len(self.left)
+        room: float | None = None
+        for job in self.left:
+            with job.guarded():
+                job.learner = make_learner(job.config, setting, job.student)
+                if len(self.left) > 1 and most > 1:
+                    if room is None:
+                        room = available_bytes(setting.device) - step_bytes(job.learner, setting, self.config.recipe)
+                    room -= learner_bytes(job.learner)
+                if chosen and (len(chosen) == most or (room is not None and room < 0)):
+                    job.learner = None
+                    logger.info(
+                        "%d students are trained at once, the others after them (%s)", len(chosen),
+                        "students_at_once" if len(chosen) == most else "memory",
+                    )  # fmt: skip
+                    break
+                chosen.append(job)
+        return chosen
 
-    def _announce(self, directory: RunDirectory) -> None:
-        config, data = self.config, self.data
+    def _train(self, jobs: list[_Job], setting: Setting) -> None:
+        """Train runs side by side to their results."""
+        display = make_display(self.console)
+        with ExitStack() as directories:
+            for job in jobs:
+                with job.guarded():
+                    self._enter(job, directories)
+            jobs = [job for job in jobs if not job.ended]
+            try:
+                if jobs:
+                    self._announce(jobs, setting)
+                for job in jobs:
+                    with job.guarded(), job.directory.speaking():
+                        self._start(job, setting)
+                jobs = [job for job in jobs if not job.ended]
+                if not jobs:
+                    return
+                by_session = {job.session: job for job in jobs}
+                trainer = make_trainer(
+                    self.config,
+                    setting,
+                    list(by_session),
+                    display=display,
+                    should_stop=self.should_stop,
+                    on_failure=lambda session, error: self._failed(by_session[session], error),
+                )
+                records = trainer.fit()
+                for job, record in zip(jobs, records, strict=True):
+                    if record is not None:
+                        with job.guarded(), job.directory.speaking():
+                            self._finish(job, setting, record, len(jobs))
+            except BaseException as error:
+                for job in jobs:
+                    if not job.ended and isinstance(error, Exception):
+                        job.fail(error)
+                    elif not job.ended:
+                        job.end_early(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED, error)
+                if not isinstance(error, Exception):
+                    raise
+            finally:
+                display.close()
+                if setting.teacher is not None and setting.teacher.views is not None:
+                    setting.teacher.views.flush()
+
+    def _enter(self, job: _Job, directories: ExitStack) -> None:
+        """Make a run's directory, keep others out of it, and let it log."""
+        job.directory.create()
+        directories.enter_context(job.directory.held(wait=job.config.study == TEACHERS_STUDY))
+        # Whoever held the directory before may have finished the run.
+        if job.directory.is_done():
+            job.skip()
+            return
+        directories.enter_context(job.directory.logged())
+        job.directory.write_config(job.config.as_dict())
+        job.entered = True
+
+    def _start(self, job: _Job, setting: Setting) -> None:
+        """Bring a run to where its last checkpoint stands."""
+        config, directory = job.config, job.directory
+        study = config.study or config.dataset.name
+        job.tracker = TRACKERS[config.tracker.name](config, directory.path, name=directory.path.name, study=study)
+        job.session = make_session(
+            config,
+            setting,
+            job.learner,
+            fingerprint=job.run_id,
+            checkpoint_path=directory.checkpoint,
+            on_epoch=lambda line: self._epoch_done(job, line),
+            voice=directory.speaking,
+        )
+        if job.session.restore():
+            epoch, step = job.session.position
+            logger.info("going on after step %d of epoch %d", step, epoch)
+            for line in job.session.history:
+                job.tracker.log(line)
+        directory.write_metrics(job.session.history)
+        directory.write_state(RUNNING, epoch=job.session.position[0] - 1, epochs=config.recipe.epochs)
+
+    def _failed(self, job: _Job, error: Exception) -> None:
+        alone = len(self.jobs) == 1
+        job.fail(error)
+        if not alone:
+            with job.directory.speaking():
+                logger.warning("failed, and the others go on: %s", str(error).splitlines()[0] if str(error) else error)
+
+    def _announce(self, jobs: Sequence[_Job], setting: Setting) -> None:
+        """Say what is trained: of each run where it is, and once what they share."""
+        for job in jobs:
+            with job.directory.speaking():
+                logger.info("run %s", job.directory.path)
+        config, data = self.config, setting.data
         sizes = ", ".join(f"{data.sizes[split]:,} {split}" for split in ("train", "val", "test") if split in data.sizes)
-        logger.info("run %s", directory.path)
         logger.info(
             "%s: %d classes, %s images, %s; %s on %s", data.name, data.num_classes, sizes, data.loading,
-            config.precision, self.device,
+            config.precision, setting.device,
         )  # fmt: skip
+        logger.info("speed: %s", setting.switches.describe())
+        if len(jobs) > 1:
+            logger.info("%d students side by side", len(jobs))
+        jobs[0].learner.precision.warn_if_emulated()
         late = [epoch for epoch in config.recipe.milestones if epoch >= config.recipe.epochs]
         if config.recipe.scheduler == "multistep" and late:
             logger.warning("the rate never drops at %s: training ends after epoch %d", late, config.recipe.epochs)
 
-    def _method(
-        self, student: torch.nn.Module, teacher: torch.nn.Module | None
-    ) -> tuple[Combination, Intermediates | None, Intermediates | None]:
-        """How the student is taught, and what gives the features of student and teacher where that needs them.
+    def _epoch_done(self, job: _Job, line: dict[str, Any]) -> None:
+        job.directory.write_metrics(job.session.history)
+        job.directory.write_state(RUNNING, epoch=line["epoch"], epochs=job.config.recipe.epochs)
+        job.tracker.log(line)
 
-        Raises UserError where the method cannot serve this pair.
-        """
-        config, data = self.config, self.data
-        if teacher is None:
-            return Combination({}), None, None
-        divergence = None
-        if config.divergence:
-            divergence = make_divergence(**config.divergence)
-        image_shape = (data.channels, *data.image_size)
-        intermediates, teacher_intermediates = None, None
-        if any(METHODS[name].needs_features for name in config.method):
-            size = teacher_normalization(config.teacher, teacher, data).image_size or data.image_size
-            intermediates = Intermediates(student, image_shape, arch=config.student.arch)
-            teacher_intermediates = Intermediates(teacher, (data.channels, *size), arch=config.teacher.arch)
-        context = MethodContext(
-            divergence=divergence,
-            num_classes=data.num_classes,
-            train_size=data.train_size,
-            epochs=config.recipe.epochs,
-            steps_per_epoch=data.steps_per_epoch(config.recipe.batch_size, config.recipe.drop_last),
-            student=student,
-            teacher=teacher,
-            image_shape=image_shape,
-            generator=generator(config.seed, "method"),
-            student_features=None if intermediates is None else intermediates.shapes,
-            teacher_features=None if teacher_intermediates is None else teacher_intermediates.shapes,
-            train_targets=data.train_targets,
-        )
-        return make_method(config.method, context, config.seed), intermediates, teacher_intermediates
-
-    def _epoch_done(self, directory: RunDirectory, tracker: Tracker, session: Session, line: dict[str, Any]) -> None:
-        directory.write_metrics(session.history)
-        directory.write_state(RUNNING, epoch=line["epoch"], epochs=self.config.recipe.epochs)
-        tracker.log(line)
-
-    def _write_result(
-        self,
-        directory: RunDirectory,
-        learner: Learner,
-        teacher: Teacher | None,
-        record: Record,
-        run_id: str,
-        group: str,
-    ) -> None:
-        config, data = self.config, self.data
-        model = learner.evaluated_model
+    def _finish(self, job: _Job, setting: Setting, record: Record, students: int) -> None:
+        """Write what came out."""
+        config, data, directory, teacher = job.config, setting.data, job.directory, setting.teacher
+        model = job.learner.evaluated_model
         save_weights(
             model,
             directory.weights,
-            {"arch": config.student.arch, "num_classes": str(data.num_classes), "fingerprint": run_id},
+            {"arch": config.student.arch, "num_classes": str(data.num_classes), "fingerprint": job.run_id},
         )
         result = {
             "format": 1,
-            "fingerprint": run_id,
-            "group": group,
+            "fingerprint": job.run_id,
+            "group": job.group_id,
             "study": config.study or config.dataset.name,
             "dataset": {
                 "name": data.name,
@@ -410,8 +509,8 @@ class _Run:
             "recipe": dataclasses.asdict(config.recipe),
             "precision": config.precision,
             "metrics": record.metrics,
-            "timing": record.timing,
-            "environment": environment(self.device),
+            "timing": record.timing if students == 1 else {**record.timing, "students_at_once": students},
+            "environment": {**environment(setting.device), "switches": dataclasses.asdict(setting.switches)},
         }
         write_json_atomically(directory.result, result)
         directory.write_state(DONE, epoch=config.recipe.epochs, epochs=config.recipe.epochs)
@@ -420,3 +519,6 @@ class _Run:
         shown = {"val": record.metrics["val/top1"], "test": record.metrics["test/top1"]}
         figures = ", ".join(f"{split} {value:.2f} %" for split, value in shown.items() if value is not None)
         logger.info("done: %s in %.1f s; %s", figures, record.timing["seconds"], directory.result)
+        job.tracker.finish(record.metrics)
+        job.outcome.directory, job.ended = directory, True
+        job.release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Session:
         fingerprint: of the run; a checkpoint of another one is refused.
         checkpoint_path: where to keep what resuming needs; None keeps nothing.
         on_epoch: told every epoch's line of metrics, after the checkpoint is written.
+        voice: the context in which what is said is said of this student.
     """
 
     def __init__(
@@ -49,12 +51,14 @@ class Session:
         fingerprint: str,
         checkpoint_path: Path | None = None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+        voice: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.learner = learner
         self.evaluate = evaluate
         self.fingerprint = fingerprint
         self.checkpoint_path = checkpoint_path
         self.on_epoch = on_epoch
+        self.voice = voice
         self.history: list[dict[str, Any]] = []
         self.position = (1, 0)
         self._timed = {"seconds": 0.0, "training_seconds": 0.0, "training_images": 0}

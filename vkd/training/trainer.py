@@ -6,7 +6,8 @@ It knows no Hydra, no config file and no run directory layout; it can be stopped
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from vkd.config import RecipeConfig
 from vkd.data import Data, Normalization
-from vkd.errors import TrainingError
+from vkd.data.batches import ImageBatch
 from vkd.methods import Output, Progress
 from vkd.training.interruption import Interrupted
 from vkd.training.session import Record, Session
+from vkd.training.switches import Switches
 from vkd.training.teacher import Teacher
 
 UNTIMED_STEPS = 3
@@ -43,6 +45,11 @@ class Display(Protocol):
 class Trainer:
     """Trains students side by side on one stream of batches. One student is the usual case.
 
+    They share the batches and what the teacher says about them, and nothing else: each has its own weights, optimizer,
+    gradient scaler and random numbers, so what becomes of one changes no digit of another. Students that stand at
+    different steps, as a kill leaves them, are brought together: those that are behind train alone until they have
+    caught up.
+
     Args:
         sessions: the students in training, with their records and checkpoints.
         teacher: the frozen teacher; None for plain training.
@@ -53,7 +60,9 @@ class Trainer:
         device: where everything runs.
         display: who shows progress.
         should_stop: asked after every step; true ends training with a checkpoint and `Interrupted`.
-        channels_last: lay images out as the processor's convolutions like them.
+        switches: of speed; of them, how images are laid out is its part.
+        on_failure: told of a student that cannot go on, with the error; the others go on without it. None: the error is
+            raised.
 
     Raises ConfigError when the batch size leaves an epoch no step.
     """
@@ -70,7 +79,8 @@ class Trainer:
         device: torch.device,
         display: Display,
         should_stop: Callable[[], bool] = lambda: False,
-        channels_last: bool = False,
+        switches: Switches | None = None,
+        on_failure: Callable[[Session, Exception], None] | None = None,
     ) -> None:
         self.sessions = list(sessions)
         self.teacher = teacher
@@ -81,37 +91,83 @@ class Trainer:
         self.device = device
         self.display = display
         self.should_stop = should_stop
-        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.switches = switches
+        self.layout = torch.contiguous_format if switches is None else switches.layout
+        self.on_failure = on_failure
         self.views = max((session.learner.method.views for session in self.sessions), default=1)
         self.steps_per_epoch = data.steps_per_epoch(recipe.batch_size, recipe.drop_last)
         self._steps_of_this_process = 0
+        self._failed: set[Session] = set()
+        self._endless: Iterator[int] | None = None
 
-    def fit(self) -> list[Record]:
-        """Train to the end, from wherever the sessions stand, and give each session's record.
+    def fit(self) -> list[Record | None]:
+        """Train to the end, from wherever the sessions stand, and give each session's record; None where one failed.
 
-        Raises TrainingError when a loss is not finite or the sessions stand at different steps, Interrupted when asked
-        to stop.
+        Raises TrainingError when a loss is not finite and nobody is to be told of it, Interrupted when asked to stop.
         """
-        positions = {session.position for session in self.sessions}
-        if len(positions) > 1:
-            raise TrainingError(
-                f"students that train side by side stand at different (epoch, step): {sorted(positions)}",
-                expected="checkpoints of one moment",
-                hint="remove their checkpoints to start them again",
-            )
-        epoch, step = self.sessions[0].position
-        while epoch <= self.recipe.epochs:
+        while sessions := [session for session in self._going_on() if session.position[0] <= self.recipe.epochs]:
+            epoch, step = min(session.position for session in sessions)
             self._train_epoch(epoch, step)
-            for session in self.sessions:
-                session.finish_epoch(epoch)
-            self.display.epoch_done(self.sessions[0].history[-1])
+            for session in self._taking_part(epoch + 1, 0):
+                with self._isolated(session), session.voice():
+                    session.finish_epoch(epoch)
+                    self.display.epoch_done(session.history[-1])
+            if self.should_stop() and epoch < self.recipe.epochs:
+                raise Interrupted(f"stopped after epoch {epoch}")
+        return [None if session in self._failed else session.record() for session in self.sessions]
+
+    def take_steps(self, count: int) -> None:
+        """The next `count` training steps, running on into the epochs to come; nothing is measured, saved or shown."""
+        if self._endless is None:
+            self._endless = self._steps_without_end()
+        for _ in range(count):
+            next(self._endless)
+
+    def _steps_without_end(self) -> Iterator[int]:
+        epoch, step = self.sessions[0].position
+        while True:
+            yield from self._steps(epoch, step)
             epoch, step = epoch + 1, 0
-            if self.should_stop() and epoch <= self.recipe.epochs:
-                raise Interrupted(f"stopped after epoch {epoch - 1}")
-        return [session.record() for session in self.sessions]
+
+    def _going_on(self) -> list[Session]:
+        return [session for session in self.sessions if session not in self._failed]
+
+    def _taking_part(self, epoch: int, step: int) -> list[Session]:
+        """The sessions that have not done step `step` (from 1) of `epoch`; step 0 is the end of the epoch before."""
+        return [session for session in self._going_on() if session.position < (epoch, step)]
+
+    @contextmanager
+    def _isolated(self, session: Session) -> Iterator[None]:
+        """Keep what goes wrong with one student from the others."""
+        try:
+            yield
+        except Exception as error:
+            if self.on_failure is None:
+                raise
+            self._failed.add(session)
+            self.on_failure(session, error)
 
     def _train_epoch(self, epoch: int, first_step: int) -> None:
         self.display.epoch_started(epoch, self.recipe.epochs, first_step, self.steps_per_epoch)
+        started, timed_images, step = time.perf_counter(), 0, first_step
+        for step, images in enumerate(self._steps(epoch, first_step), start=first_step + 1):
+            timed_images += images
+            self._steps_of_this_process += 1
+            if self._steps_of_this_process == UNTIMED_STEPS:
+                self._synchronize()
+                started, timed_images = time.perf_counter(), 0
+            if not (sessions := self._taking_part(epoch, step)):
+                break
+            self.display.step_done(images, sessions[0].learner.epoch_figures)
+            if step % CHECK_EVERY == 0 or step == self.steps_per_epoch:
+                self._check_finite(sessions)
+            if self.should_stop():
+                self._count_time(sessions, started, timed_images)
+                self._stop(epoch, step)
+        self._count_time(self._taking_part(epoch + 1, 0), started, timed_images)
+
+    def _steps(self, epoch: int, first_step: int) -> Iterator[int]:
+        """Every step of an epoch behind its first `first_step`: how many images it saw, once it is done."""
         batches = self.data.train_batches(
             seed=self.seed,
             epoch=epoch,
@@ -121,43 +177,41 @@ class Trainer:
             views=self.views,
         )
         total = self.recipe.epochs * self.steps_per_epoch
-        started, timed_images = time.perf_counter(), 0
         for step, batch in enumerate(batches, start=first_step + 1):
             progress = Progress(epoch, self.recipe.epochs, (epoch - 1) * self.steps_per_epoch + step, total)
-            (images, teacher_output), *others = [self._view(view) for view in (batch.images, *batch.views)]
-            for session in self.sessions:
-                session.learner.step(images, teacher_output, batch.targets, batch.indices, progress, others)
-            timed_images += len(batch.targets)
-            self._steps_of_this_process += 1
-            if self._steps_of_this_process == UNTIMED_STEPS:
-                self._synchronize()
-                started, timed_images = time.perf_counter(), 0
-            self.display.step_done(len(batch.targets), self.sessions[0].learner.epoch_figures)
-            if step % CHECK_EVERY == 0 or step == self.steps_per_epoch:
-                for session in self.sessions:
-                    session.learner.check_finite()
-            if self.should_stop():
-                self._count_time(started, timed_images)
-                self._stop(epoch, step)
-        self._count_time(started, timed_images)
+            (images, teacher_output), *others = self._see(batch)
+            for session in self._taking_part(epoch, step):
+                with self._isolated(session):
+                    session.learner.step(images, teacher_output, batch.targets, batch.indices, progress, others)
+            yield len(batch.targets)
 
-    def _view(self, pixels: Tensor) -> tuple[Tensor, Output | None]:
-        """One view of a batch, uint8 [B, C, H, W]: what the students see, and what the teacher says about it."""
-        images = self.normalization(pixels).contiguous(memory_format=self.layout)
-        return images, None if self.teacher is None else self.teacher(pixels, images)
+    def _see(self, batch: ImageBatch) -> list[tuple[Tensor, Output | None]]:
+        """For each view of a batch what the students see, and what the teacher says about it."""
+        seen = []
+        for number, pixels in enumerate((batch.images, *batch.views)):
+            images = self.normalization(pixels).contiguous(memory_format=self.layout)
+            rows = batch.view_rows if number == 0 else None
+            seen.append((images, None if self.teacher is None else self.teacher(pixels, images, rows)))
+        return seen
 
-    def _count_time(self, started: float, images: int) -> None:
+    def _check_finite(self, sessions: Sequence[Session]) -> None:
+        for session in sessions:
+            with self._isolated(session):
+                session.learner.check_finite()
+
+    def _count_time(self, sessions: Sequence[Session], started: float, images: int) -> None:
         self._synchronize()
         seconds = time.perf_counter() - started
         if self._steps_of_this_process <= UNTIMED_STEPS:
             seconds, images = 0.0, 0
-        for session in self.sessions:
+        for session in sessions:
             session.add_training_time(seconds, images)
 
     def _stop(self, epoch: int, step: int) -> None:
-        for session in self.sessions:
-            session.learner.check_finite()
-            session.save(epoch, step)
+        for session in self._taking_part(epoch, step):
+            with self._isolated(session):
+                session.learner.check_finite()
+                session.save(epoch, step)
         raise Interrupted(f"stopped after step {step} of epoch {epoch}")
 
     def _synchronize(self) -> None:

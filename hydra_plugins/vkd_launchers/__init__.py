@@ -1,0 +1,1 @@
+"""vkd's launchers. Hydra imports this package at every start, so nothing heavy is imported here."""

@@ -1,0 +1,320 @@
+"""From configs to students in training: what runs of one process share, and what each has of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vkd.config import Config, fingerprint
+from vkd.data import Data, Normalization, load_data
+from vkd.divergences import make_divergence
+from vkd.methods import METHODS, Combination, MethodContext, make_method
+from vkd.models import Intermediates, create_model
+from vkd.randomness import derive_seed, generator
+from vkd.training.display import Silent
+from vkd.training.environment import choose_device
+from vkd.training.learner import Learner
+from vkd.training.measurement import Evaluator
+from vkd.training.precision import Precision
+from vkd.training.session import Session
+from vkd.training.switches import Switches, choose_switches
+from vkd.training.teacher import Teacher, freeze, open_teacher, teacher_normalization
+from vkd.training.teacher_views import TeacherViews, require_discrete
+from vkd.training.trainer import Display, Trainer
+
+VIEWS_FOLDER = ".teacher_views"
+"""Below the runs root, where the teachers' logits are kept."""
+
+
+class Workplace:
+    """What the runs of one process share: the data set and the teacher that were used last.
+
+    A sweep's runs mostly have one data set and one teacher, which are then read, measured and made fast once.
+    """
+
+    def __init__(self) -> None:
+        self._data: tuple[Any, Data] | None = None
+        self._teacher: tuple[Any, Teacher] | None = None
+
+    def data(self, config: Config, device: torch.device, views: int) -> Data:
+        """The data set of `config`, loaded for up to `views` views of each image. Raises as `load_data` does."""
+        wanted = (dataclasses.asdict(config.dataset), config.data_root, device, config.workers, views > 1)
+        if self._data is None or self._data[0] != wanted:
+            self._data = None  # let go of the one before first: two may not fit
+            self._data = (
+                wanted,
+                load_data(config.dataset, config.data_root, device=device, workers=config.workers, views=views),
+            )
+        return self._data[1]
+
+    def teacher(self, wanted: Any, make: Callable[[], Teacher]) -> Teacher:
+        """The teacher that was used last, if `wanted` (whatever decides it) is what it was then; else a new one."""
+        if self._teacher is None or self._teacher[0] != wanted:
+            self._teacher = None
+            self._teacher = (wanted, make())
+        return self._teacher[1]
+
+
+@dataclass
+class OpenedTeacher:
+    """A teacher's network before it is frozen: its weights' sha256, where they come from, whether they saw val."""
+
+    model: nn.Module
+    sha256: str
+    source: str
+    saw_val: bool | str
+
+    def freeze(
+        self, config: Config, data: Data, device: torch.device, layout: torch.memory_format = torch.contiguous_format
+    ) -> Teacher:
+        """The teacher, measured on `val` and `test`; see `vkd.training.teacher.freeze`."""
+        return freeze(
+            self.model,
+            config,
+            data,
+            source=self.source,
+            sha256=self.sha256,
+            saw_val=self.saw_val,
+            device=device,
+            layout=layout,
+        )
+
+
+def open_given(config: Config, data: Data) -> OpenedTeacher:
+    """The teacher that the config names weights of. Raises ModelError where they do not fit."""
+    return OpenedTeacher(*open_teacher(config, data), saw_val="unknown")
+
+
+@dataclass
+class Setting:
+    """What students that train side by side share.
+
+    data, device: what they are trained on.
+    switches: of speed; None until a student is there to decide them by (`decide`).
+    teacher: None in plain training, and until it is made.
+    """
+
+    data: Data
+    device: torch.device
+    switches: Switches | None = None
+    teacher: Teacher | None = None
+
+    def decide(self, config: Config, student: nn.Module) -> None:
+        """Choose the switches for students like this one. Raises ConfigError for an impossible one."""
+        recipe = config.recipe
+        steps = recipe.epochs * self.data.steps_per_epoch(recipe.batch_size, recipe.drop_last)
+        self.switches = choose_switches(config, self.device, steps, student)
+
+    def normalization(self) -> Normalization:
+        """Of the students' input."""
+        made = Normalization(self.data.mean, self.data.std, self.data.channels, memory_format=self.switches.layout)
+        return made.to(self.device)
+
+
+def views_of(config: Config) -> int:
+    """How many views of each image the methods of a config want."""
+    return max((METHODS[name].views for name in config.method), default=1)
+
+
+def needs_features(config: Config) -> bool:
+    """Whether any of its methods looks at features."""
+    return any(METHODS[name].needs_features for name in config.method)
+
+
+def open_setting(config: Config, workplace: Workplace, views: int) -> Setting:
+    """Data and device of a config; switches and teacher come later."""
+    device = choose_device(config.device)
+    return Setting(workplace.data(config, device, views), device)
+
+
+def make_student(config: Config, data: Data) -> nn.Module:
+    """The student with its first weights, on the CPU. Raises ModelError where it does not fit the data."""
+    return create_model(
+        config.student.arch,
+        num_classes=data.num_classes,
+        in_channels=data.channels,
+        image_size=data.image_size,
+        seed=derive_seed(config.seed, "student"),
+    )
+
+
+def make_methods(
+    config: Config, data: Data, student: nn.Module, teacher: nn.Module | None
+) -> tuple[Combination, Intermediates | None]:
+    """How the student is taught, and what gives its features where that needs them.
+
+    Raises UserError where the method cannot serve this pair.
+    """
+    if teacher is None:
+        return Combination({}), None
+    divergence = make_divergence(**config.divergence) if config.divergence else None
+    image_shape = (data.channels, *data.image_size)
+    intermediates, teacher_intermediates = None, None
+    if needs_features(config):
+        size = teacher_normalization(config.teacher, teacher, data).image_size or data.image_size
+        intermediates = Intermediates(student, image_shape, arch=config.student.arch)
+        teacher_intermediates = Intermediates(teacher, (data.channels, *size), arch=config.teacher.arch)
+    context = MethodContext(
+        divergence=divergence,
+        num_classes=data.num_classes,
+        train_size=data.train_size,
+        epochs=config.recipe.epochs,
+        steps_per_epoch=data.steps_per_epoch(config.recipe.batch_size, config.recipe.drop_last),
+        student=student,
+        teacher=teacher,
+        image_shape=image_shape,
+        generator=generator(config.seed, "method"),
+        student_features=None if intermediates is None else intermediates.shapes,
+        teacher_features=None if teacher_intermediates is None else teacher_intermediates.shapes,
+        train_targets=data.train_targets,
+    )
+    return make_method(config.method, context, config.seed), intermediates
+
+
+def make_teacher(
+    config: Config, setting: Setting, workplace: Workplace, opened: OpenedTeacher, identity: dict[str, Any]
+) -> Teacher:
+    """The opened teacher frozen, measured and made fast, or the one of the run before, where it is the same.
+
+    Args:
+        identity: what the fingerprint takes of it.
+    """
+    data, switches = setting.data, setting.switches
+    features = needs_features(config)
+
+    def make() -> Teacher:
+        teacher = opened.freeze(config, data, setting.device, switches.layout)
+        images = next(iter(data.eval_batches("test", batch_size=min(16, config.recipe.batch_size)))).images
+        teacher = teacher.made_fast(switches, images, batch_size=config.recipe.batch_size, needs_features=features)
+        if switches.cache == "views":
+            teacher.views = _open_views(config, setting, teacher)
+        return teacher
+
+    wanted = (
+        identity,
+        opened.source,
+        data.identity,
+        dataclasses.asdict(config.dataset),
+        setting.device,
+        switches,
+        features,
+        config.recipe.batch_size,
+        config.evaluation_batch_size,
+        config.runs_root,
+        dataclasses.asdict(config.teacher),
+    )
+    return workplace.teacher(wanted, make)
+
+
+def _open_views(config: Config, setting: Setting, teacher: Teacher) -> TeacherViews:
+    """The table of the teacher's logits, in a folder of its own for whatever changes a digit of them."""
+    data, switches = setting.data, setting.switches
+    require_discrete(data)
+    dataset, normalization = config.dataset, teacher.normalization
+    identity = {
+        "teacher": {"arch": teacher.arch, "sha256": teacher.sha256},
+        "data": data.identity,
+        "split": [dataset.val_fraction, dataset.train_fraction, dataset.split_seed],
+        "augmentation": list(dataset.augmentation.items()),
+        "mean": list(normalization.mean),
+        "std": list(normalization.std),
+        "image_size": list(normalization.image_size or data.image_size),
+        "dtype": config.teacher.cache_dtype,
+        # These decide how the logits are rounded.
+        "precision": config.precision,
+        "folded": switches.fold,
+        "compiled": teacher.padded_to > 0,
+        "channels_last": switches.channels_last,
+        "device": setting.device.type,
+        "torch": str(torch.__version__),
+    }
+    return TeacherViews.open(
+        Path(config.runs_root) / VIEWS_FOLDER / f"{teacher.arch}-{fingerprint(identity)[:16]}",
+        rows=data.train_size * data.view_count,
+        classes=data.num_classes,
+        dtype=getattr(torch, config.teacher.cache_dtype),
+        identity=identity,
+        device=setting.device,
+    )
+
+
+def make_learner(config: Config, setting: Setting, student: nn.Module) -> Learner:
+    """The student in training, on its device. Raises UserError where the method cannot serve the pair."""
+    student = student.to(setting.device, memory_format=setting.switches.layout)
+    teacher = setting.teacher
+    method, intermediates = make_methods(config, setting.data, student, None if teacher is None else teacher.model)
+    return Learner(
+        student,
+        method.to(setting.device),
+        config.recipe,
+        precision=Precision(config.precision, setting.device),
+        cross_entropy_weight=config.cross_entropy_weight,
+        seed=config.seed,
+        device=setting.device,
+        intermediates=intermediates,
+        compile=setting.switches.compile_student,
+        fused_optimizer=setting.switches.fused_optimizer,
+    )
+
+
+def make_session(config: Config, setting: Setting, learner: Learner, **options: Any) -> Session:
+    """A learner with what measures it; `options` are those of `Session`."""
+    evaluator = Evaluator(
+        setting.data,
+        setting.normalization(),
+        teacher_logits={} if setting.teacher is None else setting.teacher.logits,
+        batch_size=config.evaluation_batch_size,
+        device=setting.device,
+    )
+    return Session(learner, evaluator, **options)
+
+
+def make_trainer(
+    config: Config,
+    setting: Setting,
+    sessions: Sequence[Session],
+    *,
+    display: Display,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_failure: Callable[[Session, Exception], None] | None = None,
+) -> Trainer:
+    """The loop over students in training that share a setting."""
+    return Trainer(
+        sessions,
+        teacher=setting.teacher,
+        data=setting.data,
+        recipe=config.recipe,
+        normalization=setting.normalization(),
+        seed=config.seed,
+        device=setting.device,
+        display=display,
+        should_stop=should_stop,
+        switches=setting.switches,
+        on_failure=on_failure,
+    )
+
+
+def assemble(configs: Sequence[Config], workplace: Workplace) -> Trainer:
+    """A trainer of students side by side that leave no files: for measuring how fast their steps are.
+
+    Args:
+        configs: they differ in method and divergence alone, and their teacher's weights are given.
+
+    Raises UserError for wrong input.
+    """
+    first = configs[0]
+    setting = open_setting(first, workplace, max(views_of(config) for config in configs))
+    students = [make_student(config, setting.data) for config in configs]
+    setting.decide(first, students[0])
+    if not first.is_plain:
+        opened = open_given(first, setting.data)
+        setting.teacher = make_teacher(first, setting, workplace, opened, {"sha256": opened.sha256})
+    learners = [make_learner(config, setting, student) for config, student in zip(configs, students, strict=True)]
+    sessions = [make_session(first, setting, learner, fingerprint="") for learner in learners]
+    return make_trainer(first, setting, sessions, display=Silent())
