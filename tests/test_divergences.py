@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pickle
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
 from vkd import divergences
 from vkd.divergences import (
@@ -580,10 +582,66 @@ def test_functional_transforms_agree_with_a_loop(name, parameters):
     torch.testing.assert_close(summed, gradient)
 
 
+def peak_memory(step, folder: Path) -> int:
+    """The most bytes that `step` has allocated at once, beyond what was there before."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = [e for e in json.loads((folder / "trace.json").read_text())["traceEvents"] if e["name"] == "[memory]"]
+    assert events
+    return max(itertools.accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("classes", [100, 1000])
+def test_the_memory_is_that_of_kl_div_and_at_most_one_more_tensor_of_logits(classes, temperature, tmp_path):
+    student, teacher = random_logits(256, classes)
+    student.requires_grad_()
+
+    def kl_div() -> None:
+        log_q, p = functional.log_softmax(student / temperature, -1), functional.softmax(teacher / temperature, -1)
+        functional.kl_div(log_q, p, reduction="batchmean").backward()
+        student.grad = None
+
+    allowed = peak_memory(kl_div, tmp_path) + student.numel() * student.element_size()
+    for alpha, beta in ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.8, 0.3), (0.6, 0.4), (1.0, 1.0), (0.3, 0.2), (1.0, 0.5)):
+
+        def step(alpha: float = alpha, beta: float = beta) -> None:
+            ab_divergence(student, teacher, alpha=alpha, beta=beta, temperature=temperature).backward()
+            student.grad = None
+
+        assert peak_memory(step, tmp_path) <= allowed, (alpha, beta)
+
+
+@every
+def test_what_all_logits_have_in_common_costs_no_digits_in_float32(name, parameters):
+    student, teacher = ((64 * logits).round() / 64 for logits in random_logits(50, 20))  # so that adding 1000 is exact
+    divergence = make_divergence(name, temperature=3.0, **parameters)
+    expected = value_and_gradient(divergence, student, teacher)
+    found = value_and_gradient(divergence, student + 1000.0, teacher - 1000.0)
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-8)
+
+
+def test_a_call_without_gradients_leaves_nothing_behind_that_a_gradient_stumbles_over():
+    student, teacher = random_logits(3, 4)
+    with torch.inference_mode():
+        value = ab_divergence(student, teacher, alpha=0.77, beta=0.33, temperature=1.23)
+    found, gradient = value_and_gradient(ab_divergence, student, teacher, alpha=0.77, beta=0.33, temperature=1.23)
+    assert found == value
+    assert gradient.any()
+    divergence = make_divergence("abkd", alpha=0.77, beta=0.33, temperature=1.23)
+    torch.testing.assert_close(torch.func.grad(divergence)(student, teacher), gradient)
+
+
 def test_a_second_derivative_is_refused():
     student, teacher = random_logits(2, 3)
     (gradient,) = torch.autograd.grad(forward_kl(student.requires_grad_(), teacher), student, create_graph=True)
     with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+        gradient.sum().backward()
+    weight = torch.ones((), requires_grad=True)  # by which the gradient could be differentiated, but not it alone
+    (gradient,) = torch.autograd.grad(weight * forward_kl(student, teacher), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
 

@@ -27,7 +27,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from numbers import Real
 from typing import NamedTuple
 
@@ -64,97 +64,96 @@ _BLOCK_ACCELERATOR = 2**25
 # What all divergences share
 
 
-class _Scratch:
-    """Memory for the temporaries [N, C] of one block of positions, which the next block uses again.
+def _number(number: Tensor | float, like: Tensor) -> Tensor | float:
+    """`number`, to multiply `like` by or to divide it by. A tensor is returned as it is.
 
-    Fresh memory costs a CPU more than the arithmetic on it.
+    PyTorch makes a Python number a tensor at every operation, which takes longer than the operation itself where `like`
+    is small. So on a CPU it is a tensor without dimensions here, made once.
     """
+    if type(number) is float and type(like) is Tensor and like.is_cpu:
+        return _zero_dimensional(number, like.dtype)
+    return number
 
-    def __init__(self, like: Tensor, rows: int, dtype: torch.dtype) -> None:
-        self._make = lambda: like.new_empty((rows, like.shape[-1]), dtype=dtype)
-        self._tensors: list[Tensor] = []
-        self._rows = self._used = 0
 
-    def start(self, rows: int) -> None:
-        """Begin a block: all memory is free again."""
-        self._rows, self._used = rows, 0
+@lru_cache(maxsize=4096)
+def _zero_dimensional(number: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(number, dtype=dtype, device="cpu")
 
-    def take(self) -> Tensor:
-        """An uninitialized [N, C]."""
-        if self._used == len(self._tensors):
-            self._tensors.append(self._make())
-        tensor = self._tensors[self._used]
-        self._used += 1
-        return tensor if len(tensor) == self._rows else tensor[: self._rows]
+
+def _divide(logits: Tensor, temperature: float) -> Tensor:
+    """z / T [N, C], up to a constant for each position."""
+    if temperature == 1.0:
+        return logits
+    if math.frexp(temperature)[0] != 0.5:
+        # Only dividing by a power of two is exact, so what all classes have in common goes before it is rounded.
+        logits = logits - logits.amax(dim=-1, keepdim=True)
+    return logits / _number(temperature, logits)
 
 
 class _Pair:
     """The teacher's and the student's distribution at N positions. Every tensor is [N, C] and only to be read.
 
-    ln q = s - log1p(sum of exp(s) over the classes other than the largest), s = (z - max z) / T. Leaving the largest
-    class out of the sum keeps ln q accurate to the last digits where q is almost 1.
-
     Args:
         student_logits, teacher_logits: [N, C], float32 or float64.
         temperature: T.
         exact: compute d from differences of logits, so that it keeps its relative accuracy where p and q are almost
-            equal even if both are tiny. It costs a few more passes; divergences that weigh every class by a positive
-            power of p or q do not need it in float32.
-        scratch: where temporaries come from; `take()` gives an uninitialized [N, C].
+            equal even if both are tiny. It costs more passes than the rest; divergences that weigh every class by a
+            positive power of p or q do not need it in float32.
 
     Attributes:
-        log_q, log_p, q, p: the distributions and their logarithms.
+        log_q, log_p: the logarithms of the distributions, as long as neither `q` nor `p` was asked for.
         d: ln q - ln p.
-        top_class: the student's largest class [N, 1].
     """
 
-    def __init__(
-        self, student_logits: Tensor, teacher_logits: Tensor, temperature: float, exact: bool, scratch: _Scratch
-    ) -> None:
+    def __init__(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float, exact: bool) -> None:
         self.exact = exact
-        self.take = scratch.take
-        student = _LogSoftmax(student_logits, temperature, self.take)
-        teacher = _LogSoftmax(teacher_logits, temperature, self.take)
-        self.top_class = student.top_class
-        normalizer_ratio = student.normalizer - teacher.normalizer
-        if not exact:
-            # Not log_q - log_p, which would carry the roundings of both.
-            self.d = torch.sub(student.scaled, teacher.scaled, out=self.take()).sub_(normalizer_ratio)
+        if exact:
+            self._compare_exactly(student_logits, teacher_logits, temperature)
+            return
+        # Where q is almost 1 its logarithm has few digits here. It needs none: where p is almost 1 too, D grows with
+        # the square of d, and the gradient of that class is taken from the others (see _evaluate_block).
+        self.log_q = torch.log_softmax(_divide(student_logits, temperature), -1)
+        self.log_p = torch.log_softmax(_divide(teacher_logits, temperature), -1)
+        self.d = self.log_q - self.log_p
+
+    def _compare_exactly(self, student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+        student = _LogSoftmax(student_logits, temperature)
+        teacher = _LogSoftmax(teacher_logits, temperature)
         self.log_q = student.scaled.sub_(student.normalizer)
         self.log_p = teacher.scaled.sub_(teacher.normalizer)
-        self.q = torch.exp(self.log_q, out=student.exponentials)
-        self._memory_for_p = teacher.exponentials
-        if exact:
-            logits_ratio, logits_error = _exact_difference(student_logits, teacher_logits)
-            top_ratio, top_error = _exact_difference(student.top, teacher.top)
-            d = logits_ratio.sub_(top_ratio).add_(logits_error.sub_(top_error)).div_(temperature)
-            # The normalizers of an almost equal pair differ by less than their rounding errors; their ratio does not.
-            near = d.abs().amax(dim=-1, keepdim=True) <= 0.5
-            near_ratio = d.expm1().mul_(self.p).sum(dim=-1, keepdim=True).log1p_()
-            self.d = d.sub_(torch.where(near, near_ratio, normalizer_ratio))
+        logits_ratio, logits_error = _exact_difference(student_logits, teacher_logits)
+        top_ratio, top_error = _exact_difference(student.top, teacher.top)
+        d = logits_ratio.sub_(top_ratio).add_(logits_error.sub_(top_error)).div_(temperature)
+        # The normalizers of an almost equal pair differ by less than their rounding errors; their ratio does not.
+        near = d.abs().amax(dim=-1, keepdim=True) <= 0.5
+        near_ratio = d.expm1().mul_(self.log_p.exp()).sum(dim=-1, keepdim=True).log1p_()
+        self.d = d.sub_(torch.where(near, near_ratio, student.normalizer - teacher.normalizer))
+
+    @cached_property
+    def q(self) -> Tensor:
+        """The student's distribution. It takes the memory of its logarithm, which is gone then."""
+        return self.__dict__.pop("log_q").exp_()
 
     @cached_property
     def p(self) -> Tensor:
-        """The teacher's distribution, which not every divergence needs."""
-        return torch.exp(self.log_p, out=self._memory_for_p)
+        """The teacher's distribution. It takes the memory of its logarithm, which is gone then."""
+        return self.__dict__.pop("log_p").exp_()
 
 
 class _LogSoftmax:
     """The parts of ln softmax(z / T) = scaled - normalizer, for z [N, C].
 
-    top, top_class: max z and its class [N, 1].
+    Leaving the largest class out of the sum keeps the result accurate to the last digits where softmax is almost 1.
+
+    top: max z [N, 1].
     scaled: s = (z - max z) / T [N, C].
-    exponentials: memory [N, C] that is free again.
     normalizer: log1p(sum of exp(s) over the classes other than the largest) [N, 1].
     """
 
-    def __init__(self, logits: Tensor, temperature: float, take: Callable[[], Tensor]) -> None:
-        self.top, self.top_class = logits.max(dim=-1, keepdim=True)
-        self.scaled = torch.sub(logits, self.top, out=take())
-        if temperature != 1.0:
-            self.scaled.div_(temperature)
-        self.exponentials = torch.exp(self.scaled, out=take()).scatter_(-1, self.top_class, 0.0)
-        self.normalizer = self.exponentials.sum(dim=-1, keepdim=True).log1p_()
+    def __init__(self, logits: Tensor, temperature: float) -> None:
+        self.top, top_class = logits.max(dim=-1, keepdim=True)
+        self.scaled = (logits - self.top).div_(temperature)
+        self.normalizer = self.scaled.exp().scatter_(-1, top_class, 0.0).sum(dim=-1, keepdim=True).log1p_()
 
 
 def _exact_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,8 +167,9 @@ def _exact_difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 class _Terms(NamedTuple):
     """What a divergence says about a `_Pair`.
 
-    value: [N, C], the terms of the sum over classes.
-    weight: [N, C], dD/d(ln q) of each class; a multiple of q may be added, the softmax annihilates it.
+    value: [N, C], the terms of the sum over classes, none of them negative.
+    weight: [N, C], dD/d(ln q) of each class; a multiple of q may be added, the softmax annihilates it. It becomes the
+        gradient, so it must share no memory with anything else.
     log_factor: [N, 1], the logarithm of a factor that value and weight still lack, where that factor might overflow.
     """
 
@@ -185,11 +185,14 @@ class _Kernel:
     terms: the function of a pair.
     exact: whether `_Pair.d` must be exact in float32 too (in float64 it always is).
     wide: whether to compute in float64 whatever the input is, and to saturate the result.
+    value_scale, weight_scale: factors that the value and the weight of `terms` still lack.
     """
 
     terms: Callable[[_Pair], _Terms]
     exact: bool = False
     wide: bool = False
+    value_scale: float = 1.0
+    weight_scale: float = 1.0
 
 
 def _apply_factor(x: Tensor, log_factor: Tensor) -> Tensor:
@@ -217,86 +220,91 @@ def _evaluate_block(
     teacher_logits: Tensor,
     mask: Tensor | None,
     request: _Request,
-    scratch: _Scratch,
-    gradient: Tensor | None,
-) -> Tensor:
-    """Values [N] of logits [N, C]; dD/dz goes into `gradient` [N, C] unless that is None."""
-    kernel, temperature = request.kernel, request.temperature
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Values [N] of logits [N, C] and, if wanted, dD/dz [N, C], in the memory of `out` if there is one, in `dtype`.
+
+    Both still lack the kernel's scales, and dD/dz the 1/T: they are cheaper to multiply in later, with other factors.
+    """
+    kernel = request.kernel
+    if student_logits.dtype is not dtype or teacher_logits.dtype is not dtype:
+        student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.to(dtype)
     if mask is not None:
         # Equal logits have value and gradient 0, and whatever stood here takes part in no arithmetic.
         dropped = mask.logical_not().unsqueeze(-1)
         student_logits = student_logits.masked_fill(dropped, 0.0)
         teacher_logits = teacher_logits.masked_fill(dropped, 0.0)
-    scratch.start(len(student_logits))
-    exact = kernel.exact or student_logits.dtype == torch.float64
-    pair = _Pair(student_logits, teacher_logits, temperature, exact, scratch)
+    exact = kernel.exact or dtype is torch.float64
+    pair = _Pair(student_logits, teacher_logits, request.temperature, exact)
     value, weight, log_factor = kernel.terms(pair)
-    value = value.sum(dim=-1).clamp_(min=0.0)
+    value = value.sum(dim=-1)
     if log_factor is not None:
         value = _apply_factor(value, log_factor.squeeze(-1))
-    if gradient is not None:
-        torch.addcmul(weight, pair.q, weight.sum(dim=-1, keepdim=True), value=-1.0, out=gradient)
-        if temperature != 1.0:
-            gradient.div_(temperature)
-        # The largest class gets minus the sum of the others: where q is almost 1 its own difference cancels.
-        gradient.scatter_(-1, pair.top_class, 0.0)
-        gradient.scatter_(-1, pair.top_class, gradient.sum(dim=-1, keepdim=True).neg_())
-        if log_factor is not None:
-            _apply_factor(gradient, log_factor)
-    return value
+    if not request.needs_gradient:
+        return value, None
+    q = pair.q
+    weight.addcmul_(q, weight.sum(dim=-1, keepdim=True), value=-1.0)
+    # Where q is almost 1 that difference has cancelled. What it lost is what the sum over the classes now lacks to 0,
+    # so a second time the largest class gets minus the sum of the others, and nothing else changes.
+    missing = weight.sum(dim=-1, keepdim=True)
+    gradient = torch.addcmul(weight, q, missing, value=-1.0, out=weight if out is None else out)
+    if log_factor is not None:
+        _apply_factor(gradient, log_factor - math.log(request.temperature))
+    return value, gradient
 
 
 def _evaluate(
     student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, request: _Request
 ) -> tuple[Tensor, Tensor | None]:
-    """Values [...] and, if wanted, dD/dz [..., C], both in the dtype of the computation."""
-    *positions, classes = student_logits.shape
+    """Values [...] and, if wanted, dD/dz [..., C], as in `_evaluate_block`, in the dtype of the computation."""
+    shape = student_logits.shape
+    if len(shape) != 2:
+        value, gradient = _evaluate(
+            student_logits.reshape(-1, shape[-1]),
+            teacher_logits.reshape(-1, shape[-1]),
+            None if mask is None else mask.reshape(-1),
+            request,
+        )
+        return value.reshape(shape[:-1]), None if gradient is None else gradient.reshape(shape)
+    count, classes = shape
     dtype = torch.float64 if request.kernel.wide else _result_dtype(student_logits, teacher_logits)
-    if len(positions) != 1:
-        student_logits, teacher_logits = student_logits.reshape(-1, classes), teacher_logits.reshape(-1, classes)
-        mask = None if mask is None else mask.reshape(-1)
-    gradient = torch.empty_like(student_logits, dtype=dtype) if request.needs_gradient else None
-    on_cpu = student_logits.device.type == "cpu"
-    rows = max(1, (_BLOCK_CPU * torch.get_num_threads() if on_cpu else _BLOCK_ACCELERATOR) // classes)
-    count = len(student_logits)
-    scratch = _Scratch(student_logits, min(rows, count), dtype)
+    rows = (_BLOCK_CPU * torch.get_num_threads() if student_logits.is_cpu else _BLOCK_ACCELERATOR) // classes
     if count <= rows:
-        value = _evaluate_block(student_logits.to(dtype), teacher_logits.to(dtype), mask, request, scratch, gradient)
-    else:
-        value = student_logits.new_empty(count, dtype=dtype)
-        for start in range(0, count, rows):
-            part = slice(start, start + rows)
-            value[part] = _evaluate_block(
-                student_logits[part].to(dtype),
-                teacher_logits[part].to(dtype),
-                None if mask is None else mask[part],
-                request,
-                scratch,
-                None if gradient is None else gradient[part],
-            )
-    if len(positions) != 1:
-        value = value.reshape(positions)
-        gradient = None if gradient is None else gradient.reshape(*positions, classes)
+        return _evaluate_block(student_logits, teacher_logits, mask, request, dtype)
+    value = student_logits.new_empty(count, dtype=dtype)
+    gradient = torch.empty_like(student_logits, dtype=dtype) if request.needs_gradient else None
+    rows = max(1, rows)
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        value[part], _ = _evaluate_block(
+            student_logits[part],
+            teacher_logits[part],
+            None if mask is None else mask[part],
+            request,
+            dtype,
+            None if gradient is None else gradient[part],
+        )
     return value, gradient
 
 
 def _result_dtype(student_logits: Tensor, teacher_logits: Tensor) -> torch.dtype:
     """float64 if either input is, otherwise float32."""
-    return torch.float64 if torch.float64 in (student_logits.dtype, teacher_logits.dtype) else torch.float32
+    either = student_logits.dtype is torch.float64 or teacher_logits.dtype is torch.float64
+    return torch.float64 if either else torch.float32
 
 
-def _reduce(value: Tensor, mask: Tensor | None, reduction: str, dim: tuple[int, ...]) -> tuple[Tensor, Tensor | float]:
-    """The values reduced over `dim`, and the factor that each of them had in that."""
-    if reduction == "none" or not dim:
+def _reduce(value: Tensor, mask: Tensor | None, reduction: str, keep: int = 0) -> tuple[Tensor, Tensor | float]:
+    """The values summed over all dimensions but the first `keep`, and the factor that the reduction asks for then."""
+    if reduction == "none" or value.dim() == keep:
         return value, 1.0
+    dim = tuple(range(keep, value.dim()))
     total = value.sum(dim)
     if reduction == "sum":
         return total, 1.0
     if mask is None:
-        factor = 1.0 / max(1, math.prod(value.shape[i] for i in dim))
-    else:
-        factor = mask.sum(dim).clamp(min=1).to(value.dtype).reciprocal()
-    return total * factor, factor
+        return total, 1.0 / max(1, math.prod(value.shape[keep:]))
+    return total, mask.sum(dim).clamp(min=1).to(value.dtype).reciprocal()
 
 
 def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -305,45 +313,73 @@ def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(-most, most).to(dtype)
 
 
-class _Reduced(torch.autograd.Function):
-    """(student_logits, teacher_logits, mask, request) -> (reduced value, dD/dz [..., C], factor of the reduction).
+def _evaluate_and_reduce(
+    student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, request: _Request
+) -> tuple[Tensor, Tensor | None, Tensor | float]:
+    """The reduced value, a multiple of dD/dz [..., C], and the factor that makes it the derivative of the value."""
+    kernel = request.kernel
+    value, gradient = _evaluate(student_logits, teacher_logits, mask, request)
+    value, factor = _reduce(value, mask, request.reduction)
+    value = value * _number(factor * kernel.value_scale, value)
+    if kernel.wide:
+        return _saturate(value, _result_dtype(student_logits, teacher_logits)), gradient, factor
+    return value, gradient, factor * (kernel.weight_scale / request.temperature)
 
-    The gradient of every position is computed along with its value and is all that is kept for the way back. Only the
-    first output is differentiable, and once.
+
+class _Reduced(torch.autograd.Function):
+    """(student_logits, teacher_logits, mask, request) -> reduced value.
+
+    The gradient of every position is computed along with its value and is all that is kept for the way back. It can be
+    differentiated once.
     """
 
     @staticmethod
-    def forward(
-        student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, request: _Request
-    ) -> tuple[Tensor, Tensor | None, Tensor | float]:
-        value, gradient = _evaluate(student_logits, teacher_logits, mask, request)
-        value, factor = _reduce(value, mask, request.reduction, tuple(range(value.dim())))
-        if request.kernel.wide:
-            value = _saturate(value, _result_dtype(student_logits, teacher_logits))
-        return value, gradient, factor
+    def forward(ctx, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, request: _Request) -> Tensor:
+        value, gradient, factor = _evaluate_and_reduce(student_logits, teacher_logits, mask, request)
+        _keep(ctx, student_logits.dtype, request, gradient, factor)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad_value: Tensor, *_) -> tuple[Tensor, None, None, None]:
+        # The wrapper takes longer than the arithmetic, and only a gradient with a graph of its own needs it.
+        way_back = _multiply_once if torch.is_grad_enabled() else _multiply
+        return way_back(ctx, grad_value), None, None, None
+
+
+def _multiply(ctx, grad_value: Tensor) -> Tensor:
+    """The gradient by the student's logits for the gradient `grad_value` by the reduced value."""
+    gradient, *factor = ctx.saved_tensors
+    grad_value = grad_value * (factor[0] if factor else _number(ctx.factor, grad_value))
+    gradient = gradient * (grad_value.unsqueeze(-1) if ctx.request.reduction == "none" else grad_value)
+    if ctx.request.kernel.wide:
+        gradient = _saturate(gradient, torch.float64 if ctx.dtype is torch.float64 else torch.float32)
+    return gradient if gradient.dtype is ctx.dtype else gradient.to(ctx.dtype)
+
+
+_multiply_once = torch.autograd.function.once_differentiable(_multiply)
+
+
+def _keep(ctx, dtype: torch.dtype, request: _Request, gradient: Tensor, factor: Tensor | float) -> None:
+    """Keep for the way back what `_evaluate_and_reduce` returned."""
+    ctx.dtype, ctx.request, ctx.factor = dtype, request, factor
+    ctx.save_for_backward(gradient, *([factor] if isinstance(factor, Tensor) else []))
+
+
+class _ReducedInTransforms(torch.autograd.Function):
+    """`_Reduced` for `torch.vmap` and `torch.func.grad`; it takes PyTorch longer to call.
+
+    Returns what `_evaluate_and_reduce` does; only the first output is differentiable.
+    """
+
+    forward = staticmethod(_evaluate_and_reduce)
+    backward = _Reduced.backward
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         _, gradient, factor = output
-        ctx.dtype, ctx.request = inputs[0].dtype, inputs[3]
-        ctx.factor = factor
         if gradient is not None:
-            if isinstance(factor, Tensor):
-                ctx.mark_non_differentiable(gradient, factor)
-                ctx.save_for_backward(gradient, factor)
-            else:
-                ctx.mark_non_differentiable(gradient)
-                ctx.save_for_backward(gradient)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_value: Tensor, *_):
-        gradient, *factor = ctx.saved_tensors
-        grad_value = grad_value * (factor[0] if factor else ctx.factor)
-        gradient = gradient * (grad_value.unsqueeze(-1) if ctx.request.reduction == "none" else grad_value)
-        if ctx.request.kernel.wide:
-            gradient = _saturate(gradient, torch.float64 if ctx.dtype == torch.float64 else torch.float32)
-        return gradient.to(ctx.dtype), None, None, None
+            ctx.mark_non_differentiable(gradient, *([factor] if isinstance(factor, Tensor) else []))
+            _keep(ctx, inputs[0].dtype, inputs[3], gradient, factor)
 
     @staticmethod
     def vmap(info, in_dims, student_logits, teacher_logits, mask, request):
@@ -356,17 +392,13 @@ class _Reduced(torch.autograd.Function):
         # Inside vmap a tensor does not say that a gradient is taken around the vmap; here it does.
         needs_gradient = request.needs_gradient or student_logits.requires_grad
         each = request._replace(reduction="none", needs_gradient=needs_gradient)
-        value, gradient, _ = _Reduced.apply(*tensors, each)
-        value, factor = _reduce(value, tensors[2], request.reduction, tuple(range(1, value.dim())))
-        return (value, gradient, factor), (
+        value, gradient, scale = _ReducedInTransforms.apply(*tensors, each)
+        value, factor = _reduce(value, tensors[2], request.reduction, keep=1)
+        return (value * factor, gradient, factor * scale), (
             0,
             None if gradient is None else 0,
             0 if isinstance(factor, Tensor) else None,
         )
-
-
-# PyTorch binds the arguments to this signature at every call; looking it up anew takes longer than a small divergence.
-_Reduced.forward.__signature__ = inspect.signature(_Reduced.forward)
 
 
 def _divergence(
@@ -401,9 +433,15 @@ def _divergence(
 
     if mask is not None and mask.dtype != torch.bool:
         mask = mask != 0
-    needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
+    needs_gradient = student_logits.requires_grad and torch.is_grad_enabled()
     request = _Request(kernel, temperature, reduction, needs_gradient)
-    return _Reduced.apply(student_logits, teacher_logits.detach(), mask, request)[0]
+    # What torch.autograd.Function asks before it refuses a function without setup_context.
+    if torch._C._are_functorch_transforms_active():
+        return _ReducedInTransforms.apply(student_logits, teacher_logits.detach(), mask, request)[0]
+    if needs_gradient:
+        return _Reduced.apply(student_logits, teacher_logits, mask, request)
+    with torch.no_grad():
+        return _evaluate_and_reduce(student_logits, teacher_logits, mask, request)[0]
 
 
 def _count(logits: Tensor) -> int:
@@ -430,36 +468,34 @@ def _finite(name: str, number: float) -> float:
 # and each class contributes D = (w - u) / s = (t - u) / alpha = (w - t) / beta: the definition, written so that the
 # limits at alpha = 0, beta = 0 and s = 0 are no special cases. The largest divisor cancels least. What is left to
 # cancel, where d is small, a power series does without.
+#
+# The size of a slope with exponent k is -E_|k|(-|d|) times the larger of its two powers, which neither overflows nor
+# loses digits. For w that is q^beta p^alpha or q^beta q^alpha, whose logarithm takes one maximum; so with u and t.
 
 
-def _slope(pair: _Pair, low: Tensor, high: Tensor, exponent: float) -> Tensor:
-    """(high - low) / k for powers with ln high - ln low = k d; `low` d for k = 0.
-
-    x - y = (x + y) tanh((ln x - ln y) / 2) has the relative accuracy of d and cannot overflow.
-    """
-    if exponent == 0.0:
-        return torch.mul(low, pair.d, out=pair.take())
-    half = torch.mul(pair.d, 0.5 * exponent, out=pair.take()).tanh_()
-    slope = torch.mul(half, low, out=pair.take()).addcmul_(half, high)
-    return slope if exponent == 1.0 else slope.mul_(1.0 / exponent)
+def _difference(pair: _Pair) -> Tensor:
+    """q - p [N, C], with the relative accuracy of d."""
+    decay = pair.d.abs().neg_().expm1_()
+    return torch.maximum(pair.p, pair.q).mul_(decay).copysign_(pair.d)
 
 
 def _forward_kl_terms(pair: _Pair) -> _Terms:
-    weight = _slope(pair, pair.p, pair.q, 1.0)
-    value = torch.addcmul(weight, pair.p, pair.d, value=-1.0, out=pair.take())
+    weight = _difference(pair)
+    value = torch.addcmul(weight, pair.p, pair.d, value=-1.0).relu_()
     if pair.exact:
         value = _near_equality(value, pair.p, pair.d, alpha=1.0, beta=0.0)
     return _Terms(value, weight)
 
 
 def _reverse_kl_terms(pair: _Pair) -> _Terms:
-    weight = torch.mul(pair.q, pair.d, out=pair.take())
-    value = _slope(pair, pair.p, pair.q, 1.0).sub_(weight).neg_()
+    weight = pair.q * pair.d
+    value = _difference(pair).neg_().add_(weight).relu_()
     if pair.exact:
         value = _near_equality(value, pair.p, pair.d, alpha=0.0, beta=1.0)
     return _Terms(value, weight)
 
 
+@lru_cache(maxsize=1024)
 def _alpha_beta_kernel(alpha: float, beta: float, log_scale: float) -> _Kernel:
     """The kernel of D_{alpha,beta}, times exp(log_scale)."""
     # Exponents so small that they change no digit are 0 (k d would be subnormal), and those beyond 1e100 count as that.
@@ -467,40 +503,72 @@ def _alpha_beta_kernel(alpha: float, beta: float, log_scale: float) -> _Kernel:
     total = 0.0 if abs(alpha + beta) < 1e-20 else alpha + beta
     if log_scale == 0.0 and (alpha, beta) in _KULLBACK_LEIBLER:
         return _KULLBACK_LEIBLER[alpha, beta]
-    divisor = max(total, alpha, beta, key=abs)
-    wide = min(alpha, beta) < 0.0 or max(alpha, beta) > 1e4 or abs(log_scale) > 30.0
-
-    def terms(pair: _Pair) -> _Terms:
-        d, log_factor = pair.d, None
-        powers = [
-            torch.mul(pair.log_p, total, out=pair.take()),
-            torch.mul(pair.log_p, alpha, out=pair.take()).add_(pair.log_q, alpha=beta),
-            torch.mul(pair.log_q, total, out=pair.take()),
-        ]
-        if wide:
-            log_factor = torch.stack([power.amax(dim=-1, keepdim=True) for power in powers]).amax(dim=0).clamp_(min=0.0)
-            powers = [power.sub_(log_factor) for power in powers]
-            log_factor = log_factor + log_scale
-        p_power, mixed_power, q_power = (power.exp_() for power in powers)
-        weight = _slope(pair, mixed_power, q_power, alpha)
-        if divisor == 0.0:
-            value = 0.5 * d.square()
-        elif divisor == total:
-            value = _slope(pair, p_power, mixed_power, beta).sub_(weight).mul_(-1.0 / total)
-        elif divisor == alpha:
-            value = _slope(pair, p_power, mixed_power, beta).sub_(_slope(pair, p_power, q_power, total))
-            value.mul_(-1.0 / alpha)
-        else:
-            value = _slope(pair, p_power, q_power, total).sub_(weight).mul_(-1.0 / beta)
-        if pair.exact and divisor != 0.0:
-            value = _near_equality(value, p_power, d, alpha, beta)
-        if log_scale != 0.0 and not wide:
-            value.mul_(math.exp(log_scale))
-            weight.mul_(math.exp(log_scale))
-        return _Terms(value, weight, log_factor)
-
+    if min(alpha, beta) < 0.0 or max(alpha, beta) > 1e4 or abs(log_scale) > 30.0:
+        return _Kernel(partial(_wide_terms, alpha=alpha, beta=beta, total=total, log_scale=log_scale), wide=True)
+    scale, value_scale, weight_scale = math.exp(log_scale), 0.5, 1.0
+    if total != 0.0:
+        value_scale, weight_scale = 1.0 / (total * (beta or alpha)), 1.0 / (alpha or beta)
     # Below 0.5 the cancellation in (w - u) / s costs digits that float32 does not have to spare.
-    return _Kernel(terms, exact=total < 0.5, wide=wide)
+    return _Kernel(
+        partial(_ordinary_terms, alpha=alpha, beta=beta, total=total, value_scale=value_scale),
+        exact=total < 0.5,
+        value_scale=scale * value_scale,
+        weight_scale=scale * weight_scale,
+    )
+
+
+def _ordinary_terms(pair: _Pair, alpha: float, beta: float, total: float, value_scale: float) -> _Terms:
+    """The terms for alpha, beta >= 0. No power is larger than 1 then, and s is the largest divisor."""
+    d = pair.d
+    if total == 0.0:
+        return _Terms(d.square(), d.clone())
+    log_larger = torch.maximum(pair.log_p, pair.log_q)
+    u = torch.mul(log_larger, _number(beta, d)).add_(pair.log_p, alpha=alpha).exp_()
+    w = log_larger.mul_(_number(alpha, d)).add_(pair.log_q, alpha=beta).exp_()
+    power = pair.log_p.mul(total).exp_() if pair.exact else None
+    del pair.log_p  # not needed any more; with it the peak would be seven [N, C], not six
+    # k E_k(-|d|), or -|d| times the other exponent for k = 0. The rounding of this quotient cancels in D if d is small.
+    quotient = beta / alpha if alpha and beta else 1.0
+    w_decay = d.abs().mul_(_number(-(alpha or beta), d))
+    u_decay = w_decay * _number(quotient, d)
+    if alpha:
+        w_decay.expm1_()
+    if beta:
+        u_decay.expm1_()
+    # D = |w| - |u| up to the sign of d, and no class contributes less than 0.
+    value = u.mul_(u_decay).sub_(w.mul_(w_decay), alpha=quotient).abs_()
+    if power is not None:
+        value = _near_equality(value, power.mul_(1.0 / value_scale), d, alpha, beta)
+    return _Terms(value, w.copysign_(d))
+
+
+def _wide_terms(pair: _Pair, alpha: float, beta: float, total: float, log_scale: float) -> _Terms:
+    """The terms for any alpha and beta, times exp(log_scale), without a factor that may overflow."""
+    d, distance = pair.d, pair.d.abs()
+    ends = torch.minimum(pair.log_p, pair.log_q), torch.maximum(pair.log_p, pair.log_q)
+    logarithms = {
+        "w": (ends[alpha > 0.0] * alpha).add_(pair.log_q, alpha=beta),
+        "u": (ends[beta > 0.0] * beta).add_(pair.log_p, alpha=alpha),
+        "t": ends[total > 0.0] * total,
+    }
+    largest = [logarithm.amax(dim=-1, keepdim=True) for logarithm in logarithms.values()]
+    log_factor = torch.stack(largest).amax(dim=0).clamp_(min=0.0)
+
+    def size(slope: str, exponent: float) -> Tensor:
+        power, k = logarithms[slope].sub_(log_factor).exp_(), abs(exponent)
+        return power.mul_((distance * -k).expm1_().mul_(-1.0 / k) if k else distance)
+
+    w = size("w", alpha)
+    divisor = max(total, alpha, beta, key=abs)
+    if divisor == total:
+        value = w - size("u", beta)
+    elif divisor == alpha:
+        value = size("t", total) - size("u", beta)
+    else:
+        value = w - size("t", total)
+    power = pair.log_p.mul(total).sub_(log_factor).exp_()
+    value = _near_equality(value.abs_().mul_(1.0 / abs(divisor)), power, d, alpha, beta)
+    return _Terms(value, w.copysign_(d), log_factor + log_scale)
 
 
 def _near_equality(value: Tensor, power: Tensor, d: Tensor, alpha: float, beta: float) -> Tensor:
@@ -639,7 +707,7 @@ def _jensen_shannon_terms(pair: _Pair) -> _Terms:
     above = pair.d.mul(0.5).abs_().tanh_().log1p_()
     weight = (above + pair.d.clamp(max=0.0)).mul_(pair.q)
     value = above.sub_(pair.d.clamp(min=0.0)).mul_(pair.p).add_(weight)
-    return _Terms(value.mul_(0.5), weight.mul_(0.5))
+    return _Terms(value.relu_(), weight)
 
 
 def _log_over_mixture(d: Tensor, skew: float) -> Tensor:
@@ -653,23 +721,22 @@ def _log_over_mixture(d: Tensor, skew: float) -> Tensor:
 
 def _skewed_forward_kl_terms(pair: _Pair, skew: float) -> _Terms:
     log_ratio = _log_over_mixture(pair.d, skew)
-    value = _slope(pair, pair.p, pair.q, 1.0).mul_(1.0 - skew).addcmul_(pair.p, log_ratio)
+    value = _difference(pair).mul_(1.0 - skew).addcmul_(pair.p, log_ratio).relu_()
     return _Terms(value, log_ratio.expm1_().mul_(pair.q).mul_(skew - 1.0))
 
 
 def _skewed_reverse_kl_terms(pair: _Pair, skew: float) -> _Terms:
     log_ratio = _log_over_mixture(-pair.d, skew)
-    value = _slope(pair, pair.p, pair.q, 1.0).mul_(skew - 1.0).addcmul_(pair.q, log_ratio)
+    value = _difference(pair).mul_(skew - 1.0).addcmul_(pair.q, log_ratio).relu_()
     return _Terms(value, log_ratio.sub_(log_ratio.expm1(), alpha=skew).mul_(pair.q))
 
 
 def _total_variation_terms(pair: _Pair) -> _Terms:
-    value = _slope(pair, pair.p, pair.q, 1.0).abs_().mul_(0.5)
-    return _Terms(value, torch.sign(pair.d).mul_(pair.q).mul_(0.5))
+    return _Terms(_difference(pair).abs_(), torch.sign(pair.d).mul_(pair.q))
 
 
-_JENSEN_SHANNON = _Kernel(_jensen_shannon_terms)
-_TOTAL_VARIATION = _Kernel(_total_variation_terms)
+_JENSEN_SHANNON = _Kernel(_jensen_shannon_terms, value_scale=0.5, weight_scale=0.5)
+_TOTAL_VARIATION = _Kernel(_total_variation_terms, exact=True, value_scale=0.5, weight_scale=0.5)
 
 
 def _skewed_kernel(terms: Callable[[_Pair, float], _Terms], unskewed: _Kernel, skew: float) -> _Kernel:
