@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 import vkd
 import vkd.train
@@ -28,6 +30,7 @@ TINY = [
 TEACHERS = Path("teachers", "cifar_resnet8_width4")
 PAIR = Path("digits", "cifar_resnet8_width4-cifar_resnet8_width4")
 PLAIN = Path("digits", "cifar_resnet8_width4")
+SOME_TIME = {"seconds", "images_per_second"}
 
 
 def train(*words: str) -> int:
@@ -80,3 +83,29 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+def weights(run: Path) -> dict[str, tuple[Any, ...]]:
+    """The bits of the saved student. (The file's header has its metadata in any order.)"""
+    tensors = load_file(run / "student.safetensors")
+    return {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in tensors.items()}
+
+
+def untimed(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Everything that a run recorded of its training but the clock: its lines of metrics, and its result."""
+    history = [
+        {key: value for key, value in line.items() if key not in SOME_TIME} for line in lines(run / "metrics.jsonl")
+    ]
+    result = read(run / "result.json")
+    return history, {key: value for key, value in result.items() if key not in ("timing", "environment")}
+
+
+def wait_for_epochs(process: subprocess.Popen[str], folder: Path, count: int) -> Path:
+    """Wait until a run below `folder` has `count` epochs behind it; its directory."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        for run in runs_in(folder):
+            if (run / "metrics.jsonl").exists() and len(lines(run / "metrics.jsonl")) >= count:
+                return run
+        time.sleep(0.02)
+    raise AssertionError(process.communicate())

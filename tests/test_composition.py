@@ -43,7 +43,10 @@ def test_the_groups_are_those_of_the_design_and_their_choices_are_what_is_regist
     from vkd.divergences import DIVERGENCES
 
     groups = group_choices()
-    assert set(groups) == {"dataset", "divergence", "experiment", "method", "pair", "recipe", "tracker"}
+    assert set(groups) == {
+        *("dataset", "divergence", "experiment", "hydra/launcher", "method", "pair", "recipe", "tracker")
+    }
+    assert groups["hydra/launcher"] == ["fused"]
     assert set(groups["divergence"]) == set(DIVERGENCES)
     assert set(groups["method"]) == {*METHODS, "none"}
     assert set(groups["tracker"]) == set(TRACKERS)

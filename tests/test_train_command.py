@@ -1,15 +1,12 @@
 """What `python -m vkd.train` leaves behind, how it goes on after a stop, and who is told."""
 
-import json
 import logging
 import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +14,23 @@ import pytest
 import timm
 import torch
 import wandb
-from commands import PAIR, PLAIN, TEACHERS, TINY, lines, only_run, read, runs_in, snapshot, start, train
-from safetensors.torch import load_file
-from wandb.proto import wandb_internal_pb2
+from commands import (
+    PAIR,
+    PLAIN,
+    TEACHERS,
+    TINY,
+    lines,
+    only_run,
+    read,
+    runs_in,
+    snapshot,
+    start,
+    train,
+    untimed,
+    wait_for_epochs,
+    weights,
+)
+from offline_runs import offline_run
 
 import vkd
 import vkd.train
@@ -40,22 +51,6 @@ LEFT_BEHIND = {
     "train.log",
     ".lock",
 }
-SOME_TIME = {"seconds", "images_per_second"}
-
-
-def weights(run):
-    """The bits of the saved student. (The file's header has its metadata in any order.)"""
-    tensors = load_file(run / "student.safetensors")
-    return {name: (tensor.dtype, tensor.shape, tensor.numpy().tobytes()) for name, tensor in tensors.items()}
-
-
-def untimed(run):
-    """Everything that a run recorded of its training but the clock."""
-    history = [
-        {key: value for key, value in line.items() if key not in SOME_TIME} for line in lines(run / "metrics.jsonl")
-    ]
-    result = read(run / "result.json")
-    return history, {key: value for key, value in result.items() if key not in ("timing", "environment")}
 
 
 # What a run leaves behind
@@ -336,17 +331,6 @@ def test_ctrl_c_while_the_teacher_is_trained_ends_the_command_and_it_goes_on_fro
     assert read(teacher / "status.json")["state"] == "done"
 
 
-def wait_for_epochs(process, folder, count):
-    """Wait until a run below `folder` has `count` epochs behind it; its directory."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        for run in runs_in(folder):
-            if (run / "metrics.jsonl").exists() and len(lines(run / "metrics.jsonl")) >= count:
-                return run
-        time.sleep(0.02)
-    raise AssertionError(process.communicate())
-
-
 def test_real_processes_that_are_stopped_or_killed_go_on_to_the_same_bits(place):
     numbers = {"stopped": signal.SIGTERM, "killed": signal.SIGKILL}
     processes = {study: start("vkd.train", *TINY, "recipe.epochs=12", f"study={study}", cwd=place) for study in numbers}
@@ -404,11 +388,13 @@ def test_help_lists_every_group_and_choice_and_five_examples_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert vkd.train.main(["recipe.epochs=0", "--help"]) == 0
     page = capsys.readouterr().out
-    for folder in config_directory().iterdir():
-        if folder.is_dir():
-            (listed,) = re.findall(rf"^  {folder.name}: .*\n((?:      .*\n)+)", page, re.MULTILINE)
-            choices = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
-            assert {choice.strip() for choice in listed.replace("\n", " ").split(",")} == choices
+    folders = [folder for folder in config_directory().iterdir() if folder.is_dir() and folder.name != "hydra"]
+    # Hydra's own groups have two names.
+    for folder in [*folders, *(config_directory() / "hydra").iterdir()]:
+        group = folder.relative_to(config_directory()).as_posix()
+        (listed,) = re.findall(rf"^  {group}: .*\n((?:      .*\n)+)", page, re.MULTILINE)
+        choices = {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
+        assert {choice.strip() for choice in listed.replace("\n", " ").split(",")} == choices
     examples = re.findall(r"^      python -m vkd\.train", page.split("EXAMPLES")[1], re.MULTILINE)
     assert len(examples) >= 5
     assert not list(tmp_path.iterdir())
@@ -458,46 +444,6 @@ def test_an_experiment_that_sweeps_does_so_without_a_switch_and_leaves_its_words
 
 
 # Trackers
-
-
-def records(path):
-    """The records of a W&B file: protobuf messages in LevelDB's log format, in parts that fit blocks of 32 KiB."""
-    content = path.read_bytes()
-    assert content[:4] in (b"", b":W&B")
-    position, parts = 7, []
-    while position + 7 <= len(content):
-        room = 32768 - position % 32768
-        if room < 7:
-            position += room
-            continue
-        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
-        parts.append(content[position + 7 : position + 7 + length])
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(b"".join(parts))
-            parts = []
-
-
-def offline_run(directory):
-    """(the run's record, its config, its logged lines, its exit code) from the W&B files of a run directory."""
-    (path,) = directory.glob("wandb/offline-run-*/*.wandb")
-    found, deadline = [], time.monotonic() + 30
-    # W&B's own process may write the end of the file a moment after it has told ours that the run is finished.
-    while not any(record.HasField("exit") for record in found):
-        assert time.monotonic() < deadline, f"{path} does not end"
-        found = list(records(path))
-    run, config, history, exit_code = None, {}, [], None
-    for record in found:
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            run = record.run
-            config.update({entry.key: json.loads(entry.value_json) for entry in run.config.update})
-        elif kind == "history":
-            items = record.history.item
-            history.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
-        elif kind == "exit":
-            exit_code = record.exit.exit_code
-    return run, config, history, exit_code
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from vkd.errors import ConfigError, UserError, list_names, nearest
 from vkd.speed.scratch import scratch_folder
 
 LOOP_NAMES = ("classic", "run", "cached", "fused", "bound", "plain")
-OTHER_PARTS = ("divergences", "startup")
+OTHER_PARTS = ("profile", "divergences", "startup")
 
 HELP = """\
 vkd.benchmark: images a second and peak memory of training, side by side, on this machine.
@@ -30,6 +30,7 @@ PARTS, measured in turn in one process; evaluation is in none of them
   fused        vkd's students side by side: a grid of alpha and beta of one teacher (student-images/s)
   bound        the same networks, loss and optimizer with the same switches on one batch: no data, no metrics
   plain        vkd's run without a teacher
+  profile      what the bound's step spends its time on, and what the device's arithmetic would allow
   divergences  each divergence, forward and backward, beside torch.nn.functional.kl_div
   startup      `vkd.train --help`, `import vkd` and the first step of the default run
 

@@ -196,9 +196,10 @@ class Config:
         method, the largest of them in a sum; plain training always has 1.
     workers: processes that decode images of a folder.
     evaluation_batch_size: images a batch when measuring.
-    compile, channels_last, fused_optimizer, graphs: switches of speed that leave the results alone but for rounding:
-        compile the student's forward pass, lay images out channels last, take the optimizer's fused implementation,
-        capture the step in a CUDA graph; null: where that was measured to pay (`vkd.training.switches`).
+    compile, channels_last, fused_optimizer, graphs, keep_freed_memory: switches of speed that leave the results alone
+        but for rounding: compile the student's forward pass, lay images out channels last, take the optimizer's fused
+        implementation, capture the step in a CUDA graph, keep what the C library frees for the next step; null: where
+        that was measured to pay (`vkd.training.switches`).
     students_at_once: how many students the fused launcher trains side by side at most; null: as many as memory holds.
     keep_checkpoint: leave `last.ckpt` in the directory of a finished run.
     """
@@ -224,6 +225,7 @@ class Config:
     channels_last: bool | None = None
     fused_optimizer: bool | None = None
     graphs: bool | None = None
+    keep_freed_memory: bool | None = None
     students_at_once: int | None = None
     keep_checkpoint: bool = True
 

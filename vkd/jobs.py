@@ -70,7 +70,7 @@ class Jobs:
             numbers = ", ".join(str(job) for job, _, _ in group)
             logger.info("group %d of %d: job%s %s", number, len(groups), "s" * (len(group) > 1), numbers)
             with self._reported([(job, words) for job, words, _ in group]):
-                self._run(group, more=number != len(groups))
+                self._run(group, more=number != len(groups) or self.number != self.count)
 
     def _run(self, jobs: Sequence[tuple[int, Sequence[str], Config]], *, more: bool) -> None:
         """Run jobs that share everything but method and divergence; `more` are to come after them."""
@@ -81,9 +81,10 @@ class Jobs:
         self._workplace = self._workplace or Workplace()
         try:
             with stop_on_signals() as should_stop:
-                outcomes = run_together(
+                run_together(
                     [config for _, _, config in jobs],
                     labels=_labels([words for _, words, _ in jobs]),
+                    on_failure=lambda place, error: self._failed([jobs[place][:2]], error),
                     console=self.console,
                     should_stop=should_stop,
                     workplace=self._workplace,
@@ -91,9 +92,6 @@ class Jobs:
         except Interrupted as stop:
             logger.info("%s; the same command goes on from there", stop)
             raise
-        for (number, words, _), outcome in zip(jobs, outcomes, strict=True):
-            if outcome.error is not None:
-                self._failed([(number, words)], outcome.error)
         # A signal that came when no step was left to stop after; it is meant for the jobs to come.
         if should_stop() and more:
             raise Interrupted(f"stopped after job {jobs[-1][0]}")
@@ -109,7 +107,8 @@ class Jobs:
     def _failed(self, jobs: Sequence[tuple[int, Sequence[str]]], error: BaseException) -> None:
         expected = isinstance(error, UserError)
         message = str(error) if expected else "".join(traceback.format_exception(error)).strip()
-        complain(message)
+        alone = self.count == 1
+        complain(message if alone else f"job {', '.join(str(number) for number, _ in jobs)} failed: {message}")
         lines = message.splitlines()
         # A traceback says what happened in its last line, a message to the user in its first.
         headline = lines[0] if expected else lines[-1]

@@ -39,6 +39,7 @@ class AttentionTransfer(Method):
     """
 
     needs_features = True
+    capturable = True
 
     def __init__(self, context: MethodContext, *, weight: float, power: float) -> None:
         super().__init__()

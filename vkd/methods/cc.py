@@ -31,6 +31,7 @@ class CorrelationCongruence(Method):
     """
 
     needs_features = True
+    capturable = True
 
     def __init__(self, context: MethodContext, *, weight: float, embedding_size: int) -> None:
         super().__init__()

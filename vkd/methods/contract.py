@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -31,6 +32,16 @@ class Output:
     logits: Tensor
     features: list[Tensor] = field(default_factory=list)
     embedding: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them: the logits, the features, and the embedding where there is one."""
+        return [self.logits, *self.features, *([] if self.embedding is None else [self.embedding])]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Output:
+        """An output of what `function` makes of each tensor."""
+        embedding = None if self.embedding is None else function(self.embedding)
+        return Output(function(self.logits), [function(entry) for entry in self.features], embedding)
 
 
 @dataclass
@@ -112,6 +123,10 @@ class Method(nn.Module, ABC):
     """Whether it does so at the divergence's own temperature, rather than at temperatures of its own."""
     needs_features: ClassVar[bool] = False
     """Whether `Output.features` and `Output.embedding` must be filled."""
+    capturable: ClassVar[bool] = False
+    """Whether a step may be recorded in a CUDA graph, which repeats what the host did in one of them. It may where
+    `forward` computes from the batch, from parameters and buffers alone, changes buffers in place, and neither draws,
+    counts nor looks at values on the host. Of `Batch.progress` it may look at all but the step."""
     views: ClassVar[int] = 1
     """How many views of each image the method wants: `dataset.augmentation` makes the first, and
     `dataset.view_augmentation` the others, which lie in `Batch.views`."""

@@ -44,6 +44,7 @@ class CurriculumTemperature(Method):
 
     cross_entropy_weight = 0.1
     uses_divergence = True
+    capturable = True
     uses_temperature = False
 
     def __init__(

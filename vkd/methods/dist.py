@@ -34,6 +34,8 @@ class StrongerTeacher(Method):
     Raises ConfigError for a temperature that is not above 0.
     """
 
+    capturable = True
+
     def __init__(
         self,
         context: MethodContext,

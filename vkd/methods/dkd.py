@@ -33,6 +33,7 @@ class DecoupledDistillation(Method):
     """
 
     uses_divergence = True
+    capturable = True
 
     def __init__(
         self,

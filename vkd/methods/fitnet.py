@@ -34,6 +34,7 @@ class FitNet(Method):
     """
 
     needs_features = True
+    capturable = True
 
     def __init__(self, context: MethodContext, *, weight: float, stage: int | None, relu: bool) -> None:
         super().__init__()

@@ -42,6 +42,7 @@ class MultiLevelDistillation(Method):
     cross_entropy_weight = 0.1
     uses_divergence = True
     uses_temperature = False
+    capturable = True
     views = 2
 
     def __init__(

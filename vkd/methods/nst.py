@@ -46,6 +46,7 @@ class NeuronSelectivityTransfer(Method):
     """
 
     needs_features = True
+    capturable = True
 
     def __init__(self, context: MethodContext, *, weight: float) -> None:
         super().__init__()

@@ -47,6 +47,7 @@ class ProbabilisticKnowledgeTransfer(Method):
     """
 
     needs_features = True
+    capturable = True
 
     def __init__(self, context: MethodContext, *, weight: float) -> None:
         super().__init__()

@@ -37,6 +37,7 @@ class KnowledgeReview(Method):
     """
 
     needs_features = True
+    capturable = True
 
     def __init__(self, context: MethodContext, *, weight: float, warmup_epochs: int, max_mid_channels: int) -> None:
         super().__init__()

@@ -45,6 +45,7 @@ class RelationalDistillation(Method):
     """
 
     needs_features = True
+    capturable = True
 
     def __init__(self, context: MethodContext, *, weight: float, distance_weight: float, angle_weight: float) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ class SimilarityPreserving(Method):
     """
 
     needs_features = True
+    capturable = True
 
     def __init__(self, context: MethodContext, *, weight: float) -> None:
         super().__init__()

@@ -61,6 +61,7 @@ class VariationalInformationDistillation(Method):
     """
 
     needs_features = True
+    capturable = True
 
     def __init__(self, context: MethodContext, *, weight: float, initial_variance: float) -> None:
         super().__init__()

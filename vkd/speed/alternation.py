@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 
+from vkd.speed.memory import weigh
+from vkd.speed.separate import SeparateLoop
+
 WARM_UP_STEPS = 5
 """Steps of each part before anything is measured: they pay for allocation, algorithm choice, compilation, capture."""
 
@@ -39,6 +42,12 @@ class Part:
     take_steps: Callable[[int], None]
     loop: Any
     running: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def weigh(self, device: torch.device) -> dict[str, int | None]:
+        """Its memory; see `vkd.speed.memory.weigh`."""
+        if isinstance(self.loop, SeparateLoop):
+            return self.loop.weigh()
+        return weigh(self.loop, self.take_steps, self.running, device)
 
 
 @dataclass

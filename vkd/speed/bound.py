@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from vkd.methods import Batch, Output, Progress
 from vkd.training.forward import forward
+from vkd.training.graphs import WARM_UP_STEPS, CudaCapture, Replayable, first_cause
 from vkd.training.trainer import Trainer
 
 logger = logging.getLogger("vkd")
@@ -42,8 +43,8 @@ class BoundLoop:
         self.progress = Progress(1, recipe.epochs, 1, recipe.epochs * trainer.steps_per_epoch)
         self.learner.student.train()
         self.learner.method.train()
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._wants_graph = self.switches.graphs
+        self._graph: Replayable | None = None
+        self._wants_graph = self.switches.graphs and self.learner.graph_obstacle() is None
 
     def take_steps(self, count: int) -> None:
         """Take the step so many times; the first call captures it where the switches say so."""
@@ -55,10 +56,13 @@ class BoundLoop:
             else:
                 self._graph.replay()
 
-    def step(self) -> Tensor:
-        """Teacher forward, student forward and backward, optimizer; the loss."""
+    def step(self, teacher: Output | None = None) -> Tensor:
+        """Teacher forward, student forward and backward, optimizer; the loss.
+
+        With the teacher's output given, it is not asked.
+        """
         learner = self.learner
-        teacher = self._ask_teacher()
+        teacher = teacher or self.ask_teacher()
         with learner.precision.autocast():
             student = forward(learner.student, learner.intermediates, self.images)
         terms = learner.method(Batch(student, teacher, self.targets, self.indices, self.progress))
@@ -70,31 +74,22 @@ class BoundLoop:
         learner.precision.update(loss, learner.optimizer, learner.parameters, learner.recipe.clip_grad_norm)
         return loss.detach()
 
-    def _ask_teacher(self) -> Output:
+    def ask_teacher(self) -> Output:
+        """The teacher's output on the batch."""
         teacher = self.teacher
         network = teacher.model if teacher.network is None else teacher.network
         with torch.inference_mode(), teacher.precision.autocast():
             output = forward(network, teacher.intermediates, self.teacher_images)
         # Tensors of inference mode cannot take part in a loss.
-        embedding = None if output.embedding is None else output.embedding.clone()
-        return Output(output.logits.clone(), [entry.clone() for entry in output.features], embedding)
+        return output.map(Tensor.clone)
 
     def _capture(self) -> None:
         """Make a CUDA graph of the step; where it cannot be captured, say so and take it as it is."""
         self._wants_graph = False
-        here = torch.cuda.current_stream(self.device)
-        aside = torch.cuda.Stream(self.device)
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            for _ in range(3):
-                self.step()
-        here.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
+        capture = CudaCapture(self.device)
+        for _ in range(WARM_UP_STEPS):
+            capture.run(self.step)
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph):
-                self.step()
+            self._graph = capture.capture(self.step)
         except RuntimeError as error:
-            torch.cuda.synchronize(self.device)
-            logger.warning("the bound runs without a CUDA graph (%s)", str(error).splitlines()[0])
-            return
-        self._graph = graph
+            logger.warning("the bound runs without a CUDA graph: %s", first_cause(error))

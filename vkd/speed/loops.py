@@ -20,6 +20,7 @@ from vkd.models import create_model, save_weights
 from vkd.speed.alternation import Part
 from vkd.speed.bound import BoundLoop
 from vkd.speed.classic import ClassicLoop, PhotoDataset, make_transform
+from vkd.speed.separate import SeparateLoop
 from vkd.training.assembly import Workplace, assemble
 from vkd.training.environment import choose_device
 from vkd.training.teacher import open_untrained, teacher_normalization
@@ -88,6 +89,7 @@ class Loops:
             teacher = dataclasses.replace(config.teacher, checkpoint=str(path))
             config = dataclasses.replace(config, teacher=teacher)
         self.config = config
+        self._separate: SeparateLoop | None = None
         self.switches: str | None = None
         """Which switches are on in the loops with a teacher, as soon as one of them is made."""
 
@@ -116,8 +118,16 @@ class Loops:
         return self._part("cached", trainer, trainer.take_steps)
 
     def _bound(self) -> Part:
-        loop = BoundLoop(self._assemble([self.config]))
+        loop = self.bound()
         return self._part("bound", loop, loop.take_steps)
+
+    def bound(self, *, compiled: bool = True) -> BoundLoop:
+        """The bound; with `compiled` false, no network of it is compiled whatever the config says."""
+        config = self.config
+        if not compiled:
+            teacher = dataclasses.replace(config.teacher, compile=False)
+            config = dataclasses.replace(config, teacher=teacher, compile=False)
+        return BoundLoop(self._assemble([config]))
 
     def _assemble(self, configs: Sequence[Config]) -> Trainer:
         trainer = assemble(configs, self.workplace)
@@ -129,6 +139,16 @@ class Loops:
         return Part(name, students * self.config.recipe.batch_size, take_steps, loop)
 
     def _classic(self) -> Part:
+        loop = self._separate = SeparateLoop(make_classic_loop, self.config)
+        return Part("classic", self.config.recipe.batch_size, loop.take_steps, loop, running=loop.running)
+
+    def close(self) -> None:
+        """End the processes that the loops have."""
+        if self._separate is not None:
+            self._separate.close()
+
+    def classic_loop(self) -> ClassicLoop:
+        """The classic loop, in this process."""
         config, data = self.config, self.data
         student, teacher = (
             create_model(
@@ -150,7 +170,7 @@ class Loops:
             crop_fraction=config.dataset.crop_fraction if own_sizes else None,
             interpolation=INTERPOLATIONS[config.dataset.interpolation],
         )
-        loop = ClassicLoop(
+        return ClassicLoop(
             student,
             teacher,
             PhotoDataset(source.train, transform),
@@ -162,12 +182,16 @@ class Loops:
             weight_decay=config.recipe.weight_decay,
             teacher_image_size=self._teacher_size(),
         )
-        return Part("classic", config.recipe.batch_size, loop.take_steps, loop, running=loop.running)
 
     def _teacher_size(self) -> tuple[int, int] | None:
         """(height, width) that the teacher's images are resized to; None where they stay as they are."""
         # The network matters for the normalisation alone, which costs the same whatever its constants are.
         return teacher_normalization(self.config.teacher, torch.nn.Identity(), self.data).image_size
+
+
+def make_classic_loop(config: Config) -> ClassicLoop:
+    """The classic loop of a config from `Loops.config`; for another process."""
+    return Loops(config, students=1).classic_loop()
 
 
 def _without_teacher(config: Config) -> Config:

@@ -12,7 +12,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,20 @@ _NEVER_ENTERED = (
 )
 """What leads from an object to the whole program; and tables in files, of which the system keeps in memory what it
 likes."""
+
+
+def weigh(
+    loop: Any,
+    take_steps: Callable[[int], None],
+    running: Callable[[], AbstractContextManager[Any]],
+    device: torch.device,
+) -> dict[str, int | None]:
+    """What a loop holds between steps, what a step takes on top at its peak, and both, in bytes; null where unknown."""
+    with running():
+        take_steps(1)
+        step = peak_bytes(lambda: take_steps(1), device)
+        held = None if step is None else held_bytes(loop, device)
+    return {"held": held, "step": step, "total": None if step is None else held + step}
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:

@@ -22,7 +22,7 @@ from vkd.records.atomic import write_json_atomically
 from vkd.speed import divergence_costs
 from vkd.speed.alternation import Part, alternate, ratio
 from vkd.speed.loops import LOOPS, Loops, as_measured
-from vkd.speed.memory import held_bytes, peak_bytes
+from vkd.speed.profile import measure_profile
 from vkd.speed.startup import measure_startup
 from vkd.training.environment import describe_device, environment
 
@@ -57,7 +57,7 @@ def measure(own: BenchmarkConfig, config: Config, folder: Path, words: Sequence[
         `images_per_second`: of every loop a list with a figure for each repetition, empty for one that was not
         measured, that of `fused` in student-images; `ratios` of them, median, least and most over the repetitions;
         `peak_memory_bytes`: of every loop what it holds between steps and what a step takes on top; `left_out`: what
-        could not be measured, and why; `divergences`, `startup_seconds`.
+        could not be measured, and why; `profile`, `divergences`, `startup_seconds`.
 
     Raises UserError for wrong input.
     """
@@ -65,7 +65,7 @@ def measure(own: BenchmarkConfig, config: Config, folder: Path, words: Sequence[
     config = as_measured(config, folder)
     loops = Loops(config, own.students)
     device = loops.device
-    wanted = own.parts or [*LOOPS, "divergences", "startup"]
+    wanted = own.parts or [*LOOPS, "profile", "divergences", "startup"]
     report: dict[str, Any] = {
         "format": 1,
         "pair": pair_name(config),
@@ -83,7 +83,11 @@ def measure(own: BenchmarkConfig, config: Config, folder: Path, words: Sequence[
         "repetitions": own.repetitions,
     }
     report.update(_measure_loops(own, loops, [name for name in LOOPS if name in wanted]))
-    report["divergences"], report["startup_seconds"] = [], {}
+    report["profile"], report["divergences"], report["startup_seconds"] = {}, [], {}
+    if "profile" in wanted:
+        logger.info("profiling the bound's step")
+        report["profile"] = measure_profile(loops.bound(compiled=False), repetitions=own.repetitions)
+    loops.close()
     del loops  # with all that they hold
     if "divergences" in wanted:
         fitting = [divergence_costs.fitting(shape, device) for shape in shapes]
@@ -159,18 +163,9 @@ def _measure_loops(own: BenchmarkConfig, loops: Loops, names: Sequence[str]) -> 
             name: None if spread is None else dataclasses.asdict(spread)
             for name, spread in ((name, ratio(figures, *pair)) for name, pair in RATIOS.items())
         },
-        "peak_memory_bytes": {part.name: _memory(part, loops.device) for part in parts},
+        "peak_memory_bytes": {part.name: part.weigh(loops.device) for part in parts},
         "left_out": left_out,
     }
-
-
-def _memory(part: Part, device: torch.device) -> dict[str, int | None]:
-    """What a loop holds between steps and what a step takes on top at its peak, in bytes; null where unknown."""
-    with part.running():
-        part.take_steps(1)
-        step = peak_bytes(lambda: part.take_steps(1), device)
-        held = None if step is None else held_bytes(part.loop, device)
-    return {"held": held, "step": step, "total": None if step is None else held + step}
 
 
 def configured_divergences() -> dict[str, dict[str, Any]]:

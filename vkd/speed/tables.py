@@ -30,6 +30,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
             console.print(line, markup=False, highlight=False)
     for name, reason in report["left_out"].items():
         console.print(f"{name} was left out: {reason}", markup=False, highlight=False)
+    if report["profile"]:
+        _print_table(console, *_profile(report))
+        for line in _limits(report):
+            console.print(line, markup=False, highlight=False)
     for shape in _shapes(report):
         _print_table(console, *_divergences(report, shape))
     if report["startup_seconds"]:
@@ -99,6 +103,28 @@ def _sentences(report: dict[str, Any]) -> list[str]:
         if report["ratios"][name] is not None:
             limit = f"; meant to be at most {MOST_OF_PLAIN}" if name == "plain/cached" else ""
             lines.append(f"{words}: {_ratio(report, name)}{limit}")
+    return lines
+
+
+def _profile(report: dict[str, Any]) -> tuple[str, Table]:
+    found = report["profile"]
+    table = _table(["of the bound's step", "time", "Gflop/s", "goes into"])
+    for name in ("teacher", "student"):
+        part = found[name]
+        shares = [f"{kind} {100 * share:.0f} %" for kind, share in part["share"].items() if share >= 0.01]
+        seconds = _seconds(statistics.median(part["seconds"]))
+        _add(table, name, seconds, f"{part['flops_per_second'] / 1e9:,.0f}", "\n".join(shares))
+    return f"profile, eager: medians of {report['repetitions']}", table
+
+
+def _limits(report: dict[str, Any]) -> list[str]:
+    """What no run on this device can be above."""
+    found = report["profile"]
+    lines = [f"a product of large matrices: {found['matrix_flops_per_second'] / 1e9:,.0f} Gflop/s"]
+    classic = report["images_per_second"]["classic"]
+    for name, limit in found["limit_images_per_second"].items():
+        against = f", {limit / statistics.median(classic):.2f} x classic" if classic else ""
+        lines.append(f"{name}, were it its convolutions alone at that speed: {limit:,.0f} images/s{against}")
     return lines
 
 

@@ -17,6 +17,7 @@ from vkd.divergences import make_divergence
 from vkd.methods import METHODS, Combination, MethodContext, make_method
 from vkd.models import Intermediates, create_model
 from vkd.randomness import derive_seed, generator
+from vkd.training.allocator import keep_freed_memory
 from vkd.training.display import Silent
 from vkd.training.environment import choose_device
 from vkd.training.learner import Learner
@@ -39,13 +40,14 @@ class Workplace:
     """
 
     def __init__(self) -> None:
-        self._data: tuple[Any, Data] | None = None
-        self._teacher: tuple[Any, Teacher] | None = None
+        self._data: tuple[str, Data] | None = None
+        self._teacher: tuple[str, Teacher] | None = None
 
     def data(self, config: Config, device: torch.device, views: int) -> Data:
         """The data set of `config`, loaded for up to `views` views of each image. Raises as `load_data` does."""
-        wanted = (dataclasses.asdict(config.dataset), config.data_root, device, config.workers, views > 1)
-        if self._data is None or self._data[0] != wanted:
+        # As text, since the order of augmentations counts, which the comparison of mappings passes over.
+        wanted = repr((config.dataset, config.data_root, device, config.workers))
+        if self._data is None or self._data[0] != wanted or (views > 1 and not self._data[1].has_views):
             self._data = None  # let go of the one before first: two may not fit
             self._data = (
                 wanted,
@@ -54,10 +56,10 @@ class Workplace:
         return self._data[1]
 
     def teacher(self, wanted: Any, make: Callable[[], Teacher]) -> Teacher:
-        """The teacher that was used last, if `wanted` (whatever decides it) is what it was then; else a new one."""
-        if self._teacher is None or self._teacher[0] != wanted:
+        """The teacher that was used last, if `wanted` (whatever decides it) reads as it did then; else a new one."""
+        if self._teacher is None or self._teacher[0] != repr(wanted):
             self._teacher = None
-            self._teacher = (wanted, make())
+            self._teacher = (repr(wanted), make())
         return self._teacher[1]
 
 
@@ -71,7 +73,13 @@ class OpenedTeacher:
     saw_val: bool | str
 
     def freeze(
-        self, config: Config, data: Data, device: torch.device, layout: torch.memory_format = torch.contiguous_format
+        self,
+        config: Config,
+        data: Data,
+        device: torch.device,
+        layout: torch.memory_format = torch.contiguous_format,
+        *,
+        measure: bool = True,
     ) -> Teacher:
         """The teacher, measured on `val` and `test`; see `vkd.training.teacher.freeze`."""
         return freeze(
@@ -83,6 +91,7 @@ class OpenedTeacher:
             saw_val=self.saw_val,
             device=device,
             layout=layout,
+            measure=measure,
         )
 
 
@@ -106,10 +115,13 @@ class Setting:
     teacher: Teacher | None = None
 
     def decide(self, config: Config, student: nn.Module) -> None:
-        """Choose the switches for students like this one. Raises ConfigError for an impossible one."""
-        recipe = config.recipe
-        steps = recipe.epochs * self.data.steps_per_epoch(recipe.batch_size, recipe.drop_last)
-        self.switches = choose_switches(config, self.device, steps, student)
+        """Choose the switches for students like this one, and throw those of the whole process.
+
+        Raises ConfigError for an impossible one.
+        """
+        self.switches = choose_switches(config, self.device, student)
+        if self.switches.keep_freed_memory:
+            keep_freed_memory()
 
     def normalization(self) -> Normalization:
         """Of the students' input."""
@@ -178,18 +190,25 @@ def make_methods(
 
 
 def make_teacher(
-    config: Config, setting: Setting, workplace: Workplace, opened: OpenedTeacher, identity: dict[str, Any]
+    config: Config,
+    setting: Setting,
+    workplace: Workplace,
+    opened: OpenedTeacher,
+    identity: dict[str, Any],
+    *,
+    measure: bool = True,
 ) -> Teacher:
     """The opened teacher frozen, measured and made fast, or the one of the run before, where it is the same.
 
     Args:
         identity: what the fingerprint takes of it.
+        measure: whether its accuracy is wanted.
     """
     data, switches = setting.data, setting.switches
     features = needs_features(config)
 
     def make() -> Teacher:
-        teacher = opened.freeze(config, data, setting.device, switches.layout)
+        teacher = opened.freeze(config, data, setting.device, switches.layout, measure=measure)
         images = next(iter(data.eval_batches("test", batch_size=min(16, config.recipe.batch_size)))).images
         teacher = teacher.made_fast(switches, images, batch_size=config.recipe.batch_size, needs_features=features)
         if switches.cache == "views":
@@ -197,6 +216,7 @@ def make_teacher(
         return teacher
 
     wanted = (
+        measure,
         identity,
         opened.source,
         data.identity,
@@ -207,7 +227,8 @@ def make_teacher(
         config.recipe.batch_size,
         config.evaluation_batch_size,
         config.runs_root,
-        dataclasses.asdict(config.teacher),
+        # What the switches say decides, not whether the config left it to them.
+        dataclasses.asdict(dataclasses.replace(config.teacher, fold=True, compile=None, cache="none")),
     )
     return workplace.teacher(wanted, make)
 
@@ -260,6 +281,7 @@ def make_learner(config: Config, setting: Setting, student: nn.Module) -> Learne
         intermediates=intermediates,
         compile=setting.switches.compile_student,
         fused_optimizer=setting.switches.fused_optimizer,
+        capturable_optimizer=setting.switches.graphs,
     )
 
 
@@ -314,7 +336,8 @@ def assemble(configs: Sequence[Config], workplace: Workplace) -> Trainer:
     setting.decide(first, students[0])
     if not first.is_plain:
         opened = open_given(first, setting.data)
-        setting.teacher = make_teacher(first, setting, workplace, opened, {"sha256": opened.sha256})
+        identity = {"sha256": opened.sha256}
+        setting.teacher = make_teacher(first, setting, workplace, opened, identity, measure=False)
     learners = [make_learner(config, setting, student) for config, student in zip(configs, students, strict=True)]
     sessions = [make_session(first, setting, learner, fingerprint="") for learner in learners]
     return make_trainer(first, setting, sessions, display=Silent())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +18,40 @@ from vkd.methods import Batch, Combination, Output, Progress
 from vkd.models import Intermediates
 from vkd.randomness import derive_seed
 from vkd.training.forward import forward
+from vkd.training.graphs import (
+    BACKWARD_TOLERANCE,
+    FORWARD_TOLERANCE,
+    Capture,
+    Graphed,
+    NotCapturable,
+    Watched,
+    Written,
+    step_obstacle,
+)
 from vkd.training.optimization import Schedule, make_optimizer
 from vkd.training.precision import Precision
+from vkd.training.random_states import get_states, seeded_states, set_states
+
+_IMPLEMENTATIONS = ("fused", "foreach", "capturable")
+"""Options of optimizers that say how they compute, and not what."""
+
+
+@dataclass
+class _Inputs:
+    """What a step is given; see `Learner.step`."""
+
+    images: Tensor
+    teacher: Output | None
+    targets: Tensor
+    indices: Tensor
+    progress: Progress
+    views: Sequence[tuple[Tensor, Output | None]]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        found = [self.images, self.targets, self.indices, *(images for images, _ in self.views)]
+        outputs = [self.teacher, *(output for _, output in self.views)]
+        return found + [entry for output in outputs if output is not None for entry in output.tensors]
 
 
 class Learner:
@@ -35,6 +68,7 @@ class Learner:
         intermediates: runs the student where the method asks for its features.
         compile: compile the student's forward pass.
         fused_optimizer: take the optimizer's fused implementation.
+        capturable_optimizer: take the implementation that CUDA graphs want.
     """
 
     def __init__(
@@ -50,6 +84,7 @@ class Learner:
         intermediates: Intermediates | None = None,
         compile: bool = False,
         fused_optimizer: bool = False,
+        capturable_optimizer: bool = False,
     ) -> None:
         self.student = student
         self.intermediates = intermediates
@@ -58,13 +93,24 @@ class Learner:
         self.precision = precision
         self.cross_entropy_weight = cross_entropy_weight
         self.device = device
-        self.optimizer = make_optimizer(recipe, student, method.parameters(), fused=fused_optimizer)
+        self.optimizer = make_optimizer(
+            recipe, student, method.parameters(), fused=fused_optimizer, capturable=capturable_optimizer
+        )
         self.parameters = [entry for group in self.optimizer.param_groups for entry in group["params"]]
         self.schedule = Schedule(recipe, self.optimizer)
         self.average = None if recipe.ema_decay is None else ModelEmaV3(student, decay=recipe.ema_decay)
         if compile:
             (student if intermediates is None else intermediates).compile()
-        self._random_states = _seeded_states(derive_seed(seed, "dropout"), device)
+        self._random_states = seeded_states(derive_seed(seed, "dropout"), device)
+        # All that a step adds to stays where it is, so that a captured step finds it.
+        self._term_sums: dict[str, Tensor] = {}
+        self._first_not_finite: dict[str, Tensor] = {}
+        self._terms_of_epoch: dict[str, None] = {}
+        self._terms_of_step: tuple[str, ...] = ()
+        self._step_number = torch.zeros((), dtype=torch.int64, device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self._progress_read: set[str] = set()
+        self._graphed: Graphed | None = None
         self.start_epoch_sums()
 
     @property
@@ -72,11 +118,23 @@ class Learner:
         """What is measured and saved: the student, or the moving average of its weights."""
         return self.student if self.average is None else self.average.module
 
+    @property
+    def term_sums(self) -> dict[str, Tensor]:
+        """The sum of each loss term over the images of the epoch so far, scalars."""
+        return {name: self._term_sums[name] for name in self._terms_of_epoch}
+
+    @property
+    def first_not_finite(self) -> dict[str, Tensor]:
+        """The first step of the epoch at which each loss term was not finite; -1 where it always was."""
+        return {name: self._first_not_finite[name] for name in self._terms_of_epoch}
+
     def start_epoch_sums(self) -> None:
         """Forget the running sums of the epoch before."""
-        self.term_sums: dict[str, Tensor] = {}
-        self.first_not_finite: dict[str, Tensor] = {}
-        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        for total in (*self._term_sums.values(), self.correct):
+            total.zero_()
+        for first in self._first_not_finite.values():
+            first.fill_(-1)
+        self._terms_of_epoch = {}
         self.images = 0
         self.steps = 0
 
@@ -88,8 +146,9 @@ class Learner:
         indices: Tensor,
         progress: Progress,
         views: Sequence[tuple[Tensor, Output | None]] = (),
+        capture: Capture | None = None,
     ) -> None:
-        """Learn from one batch. Nothing in here waits for the device.
+        """Learn from one batch. Nothing in here waits for the device, except when a step is captured.
 
         Args:
             images: normalised for the student, [B, channels, height, width].
@@ -97,22 +156,34 @@ class Learner:
             targets, indices: labels and positions in the training split, [B].
             progress: epoch and step.
             views: images and the teacher's output on each further view that the method wants.
+            capture: captures the step, so that it is replayed from then on; the tensors are then the same ones, filled
+                anew, at each call that has it. None: the step runs eagerly.
         """
+        inputs = _Inputs(images, teacher, targets, indices, progress, views[: self.method.views - 1])
+        self._step_number.fill_(progress.step)
+        with self._own_randomness():
+            if capture is None:
+                self._learn(inputs)
+            else:
+                self._captured_by(capture)(inputs)
+        self._terms_of_epoch.update(dict.fromkeys(self._terms_of_step))
+        self.images += len(targets)
+        self.steps += 1
+
+    def _learn(self, inputs: _Inputs) -> None:
+        """All of a step that the device does."""
         self.student.train()
         self.method.train()
-        with self._own_randomness():
-            with self.precision.autocast():
-                student = forward(self.student, self.intermediates, images)
-                others = [
-                    (forward(self.student, self.intermediates, view), output)
-                    for view, output in views[: self.method.views - 1]
-                ]
-            terms = self._terms(Batch(student, teacher, targets, indices, progress, others))
-            loss = sum(terms.values())
-            self.precision.update(loss, self.optimizer, self.parameters, self.recipe.clip_grad_norm)
+        with self.precision.autocast():
+            student = forward(self.student, self.intermediates, inputs.images)
+            others = [(forward(self.student, self.intermediates, view), output) for view, output in inputs.views]
+        batch = Batch(student, inputs.teacher, inputs.targets, inputs.indices, inputs.progress, others)
+        terms = self._terms(batch)
+        loss = sum(terms.values())
+        self.precision.update(loss, self.optimizer, self.parameters, self.recipe.clip_grad_norm)
         if self.average is not None:
             self.average.update(self.student)
-        self._add_up(terms, student.logits, targets, progress.step)
+        self._add_up(terms, student.logits, inputs.targets)
 
     def _terms(self, batch: Batch) -> dict[str, Tensor]:
         terms = {} if batch.teacher is None else self.method(batch)
@@ -128,17 +199,84 @@ class Learner:
             )
         return terms
 
-    def _add_up(self, terms: dict[str, Tensor], logits: Tensor, targets: Tensor, step: int) -> None:
-        with torch.no_grad():
-            for name, value in terms.items():
-                value = value.detach().float()
-                self.term_sums[name] = self.term_sums.get(name, torch.zeros_like(value)) + value * len(targets)
-                first = self.first_not_finite.get(name, torch.full_like(value, -1, dtype=torch.int64))
-                newly = ~value.isfinite() & (first < 0)
-                self.first_not_finite[name] = torch.where(newly, torch.full_like(first, step), first)
-            self.correct += (logits.detach().argmax(dim=-1) == targets).sum()
-        self.images += len(targets)
-        self.steps += 1
+    @torch.no_grad()
+    def _add_up(self, terms: dict[str, Tensor], logits: Tensor, targets: Tensor) -> None:
+        for name, value in terms.items():
+            value = value.detach().float()
+            self._make_sums(name)
+            self._term_sums[name] += value * len(targets)
+            first = self._first_not_finite[name]
+            newly = ~value.isfinite() & (first < 0)
+            first.copy_(torch.where(newly, self._step_number, first))
+        self.correct += (logits.detach().argmax(dim=-1) == targets).sum()
+        self._terms_of_step = tuple(terms)
+
+    def _make_sums(self, name: str) -> None:
+        """Let there be running sums of a term."""
+        if name not in self._term_sums:
+            self._term_sums[name] = torch.zeros((), device=self.device)
+            self._first_not_finite[name] = torch.full((), -1, dtype=torch.int64, device=self.device)
+
+    def graph_obstacle(self) -> str | None:
+        """Why its steps can be in no CUDA graph; None where nothing is known that speaks against it."""
+        if _generators(self.method):
+            return "its method draws random numbers on the host"
+        return step_obstacle(self.method, self.optimizer, self.precision, self.device)
+
+    def release_graph(self) -> None:
+        """Let go of the captured step and its memory; the next step that is to be captured begins anew."""
+        self._graphed = None
+
+    def _captured_by(self, capture: Capture) -> Graphed:
+        if self._graphed is None or self._graphed.capture is not capture:
+            self._graphed = Graphed(
+                "the student's step",
+                self._learn_watched,
+                written=self._written,
+                baked=self._baked,
+                capture=capture,
+                device=self.device,
+                obstacle=self.graph_obstacle(),
+            )
+        return self._graphed
+
+    def _learn_watched(self, inputs: _Inputs) -> None:
+        self._learn(replace(inputs, progress=Watched(inputs.progress, self._progress_read)))
+        # A graph's gradients lie in its own memory, which the next one may have.
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _baked(self, inputs: _Inputs) -> Any:
+        """What a captured step takes from the host. Raises NotCapturable where that is another thing at each step."""
+        if "step" in self._progress_read:
+            raise NotCapturable("its method looks at the number of the step")
+        return (
+            [
+                {name: value for name, value in group.items() if name != "params"}
+                for group in self.optimizer.param_groups
+            ],
+            {name: getattr(inputs.progress, name) for name in self._progress_read},
+            [(entry.data_ptr(), entry.shape, entry.stride()) for entry in inputs.tensors()],
+        )
+
+    def _written(self) -> list[Written]:
+        """All tensors that a step changes."""
+        networks = [self.student, self.method]
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        average = [] if self.average is None else list(self.average.module.state_dict().values())
+        sums = [
+            Written(f"the loss term {name}", [total, self._first_not_finite[name]], FORWARD_TOLERANCE)
+            for name, total in self._term_sums.items()
+        ]
+        return [
+            *sums,
+            Written("the count of hits", [self.correct], FORWARD_TOLERANCE),
+            Written("buffers", [entry for network in networks for entry in network.buffers()], FORWARD_TOLERANCE),
+            Written("weights", [entry for network in networks for entry in network.parameters()], BACKWARD_TOLERANCE),
+            Written(
+                "the optimizer's state", [entry for entry in states if isinstance(entry, Tensor)], BACKWARD_TOLERANCE
+            ),
+            Written("the moving average", average, BACKWARD_TOLERANCE),
+        ]
 
     def check_finite(self) -> None:
         """Raise TrainingError, naming the term and the step, when a loss of this epoch was not finite."""
@@ -180,9 +318,10 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
+        self.release_graph()
         self.student.load_state_dict(state["student"])
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         self.precision.load_state_dict(state["precision"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
@@ -190,21 +329,38 @@ class Learner:
         for name, generator in _generators(self.method).items():
             generator.set_state(state["method_random_states"][name])
         sums = state["sums"]
-        self.term_sums = {name: value.to(self.device) for name, value in sums["terms"].items()}
-        self.first_not_finite = {name: value.to(self.device) for name, value in sums["first_not_finite"].items()}
-        self.correct = sums["correct"].to(self.device)
+        self.start_epoch_sums()
+        for name, total in sums["terms"].items():
+            self._make_sums(name)
+            self._term_sums[name].copy_(total)
+            self._first_not_finite[name].copy_(sums["first_not_finite"][name])
+        self._terms_of_epoch = dict.fromkeys(sums["terms"])
+        self.correct.copy_(sums["correct"])
         self.images, self.steps = sums["images"], sums["steps"]
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Load an optimizer's state, but go on computing as this one was made to, whatever the one before did."""
+        groups = [
+            {**saved, **{name: own[name] for name in _IMPLEMENTATIONS if name in own}}
+            for saved, own in zip(state["param_groups"], self.optimizer.param_groups, strict=True)
+        ]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    # A fused step walks through memory as it lies, and the checkpoint may have it in another layout.
+                    values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
         """Let dropout draw from this student's stream, and leave torch's global one as it was."""
-        outside = _get_states(self.device)
-        _set_states(self._random_states, self.device)
+        outside = get_states(self.device)
+        set_states(self._random_states, self.device)
         try:
             yield
         finally:
-            self._random_states = _get_states(self.device)
-            _set_states(outside, self.device)
+            self._random_states = get_states(self.device)
+            set_states(outside, self.device)
 
 
 def _generators(method: nn.Module) -> dict[str, torch.Generator]:
@@ -215,23 +371,3 @@ def _generators(method: nn.Module) -> dict[str, torch.Generator]:
         for name, value in vars(module).items()
         if isinstance(value, torch.Generator)
     }
-
-
-def _seeded_states(seed: int, device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
-    return states
-
-
-def _get_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_states(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)

@@ -34,13 +34,27 @@ def _free_host_bytes() -> float:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         fields = dict(line.split(":", 1) for line in lines)
-        return 1024.0 * int(fields["MemAvailable"].split()[0])
+        return min(1024.0 * int(fields["MemAvailable"].split()[0]), _left_in_container())
     except (OSError, KeyError, ValueError):
         pass
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError):
         return float("inf")
+
+
+def _left_in_container() -> float:
+    """What the control group of this process may still take; without limit where it has none."""
+    folder = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return float(int((folder / limit).read_text()) - int((folder / used).read_text()))
+        except (OSError, ValueError):  # "max" is no number
+            continue
+    return float("inf")
 
 
 def learner_bytes(learner: Learner) -> int:
@@ -57,10 +71,10 @@ def learner_bytes(learner: Learner) -> int:
 def step_bytes(learner: Learner, setting: Setting, recipe: RecipeConfig) -> int:
     """What one step takes on top while it lasts: twice what the student's forward pass keeps for the backward pass.
 
-    Measured on two images of no importance, on a copy, and scaled to the batch; the learner is left alone.
+    Measured on two images of no importance, on a copy, and scaled to the batch; the learner is left alone. 0 for a
+    network that cannot be tried like that.
     """
     data = setting.data
-    student = copy.deepcopy(learner.student).train()
     images = torch.zeros(2, data.channels, *data.image_size, device=setting.device)
     kept: dict[int, int] = {}
 
@@ -69,11 +83,14 @@ def step_bytes(learner: Learner, setting: Setting, recipe: RecipeConfig) -> int:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = student(images)
+    try:
+        student = copy.deepcopy(learner.student).train()
+        with torch.random.fork_rng(devices=[]), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            student(images)
+    except Exception:
+        return 0
     weights = {entry.untyped_storage().data_ptr() for entry in _tensors(student)}
     activations = sum(size for pointer, size in kept.items() if pointer not in weights)
-    del logits
     return 2 * activations * recipe.batch_size // len(images)
 
 

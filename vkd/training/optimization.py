@@ -39,6 +39,7 @@ def make_optimizer(
     extra_parameters: Iterable[nn.Parameter] = (),
     *,
     fused: bool = False,
+    capturable: bool = False,
     where: str = "recipe",
 ) -> torch.optim.Optimizer:
     """The recipe's optimizer over the student's parameters and those of its methods.
@@ -51,6 +52,7 @@ def make_optimizer(
         student: the network.
         extra_parameters: those of its methods.
         fused: take the optimizer's fused implementation, where it has one and the recipe's options do not choose.
+        capturable: let it count its steps on the device, as a CUDA graph wants it, under the same condition.
         where: the config path of the recipe, for the message.
 
     Raises ConfigError when the optimizer refuses its options.
@@ -67,7 +69,8 @@ def make_optimizer(
         ignored = sorted(_FACTORY_OPTIONS & set(recipe.optimizer_options))
         if ignored:
             raise TypeError(f"{', '.join(ignored)} is not an option of its own")
-        implementation = {"fused": True} if fused and _has_fused(recipe) else {}
+        wanted = {"fused": fused, "capturable": capturable}
+        implementation = {name: True for name, value in wanted.items() if value and _has(recipe, name)}
         return create_optimizer_v2(
             groups,
             opt=recipe.optimizer,
@@ -86,11 +89,11 @@ def make_optimizer(
         ) from error
 
 
-def _has_fused(recipe: RecipeConfig) -> bool:
-    """Whether the optimizer has a fused implementation and its options do not name one themselves."""
+def _has(recipe: RecipeConfig, implementation: str) -> bool:
+    """Whether the optimizer has such an implementation and its options do not name one themselves."""
     options = inspect.signature(get_optimizer_class(recipe.optimizer, bind_defaults=False)).parameters
     chosen = {"fused", "foreach", "differentiable", "capturable"} & set(recipe.optimizer_options)
-    return "fused" in options and not chosen
+    return implementation in options and not chosen
 
 
 class Schedule:

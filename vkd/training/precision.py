@@ -33,7 +33,9 @@ class Precision:
 
     def warn_if_emulated(self) -> None:
         """Say so where the processor has no arithmetic of this precision."""
-        if self.name == "bf16" and self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if self.name != "bf16" or self.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             logger.warning("this processor has no bfloat16 arithmetic: precision=bf16 is slower than fp32 here")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

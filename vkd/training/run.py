@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from vkd.training.optimization import Schedule, make_optimizer
 from vkd.training.session import Record, Session
 from vkd.training.teacher import Teacher, open_untrained, open_weights, teacher_identity, teacher_normalization
 from vkd.training.teacher_views import require_discrete
+from vkd.training.trainer import FAILURES
 
 logger = logging.getLogger("vkd")
 
@@ -60,7 +62,7 @@ class Outcome:
 
     directory: RunDirectory | None = None
     skipped: bool = False
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 def run(
@@ -94,6 +96,7 @@ def run_together(
     *,
     console: Console,
     labels: Sequence[str] | None = None,
+    on_failure: Callable[[int, BaseException], None] = lambda number, error: None,
     should_stop: Callable[[], bool] = lambda: False,
     workplace: Workplace | None = None,
 ) -> list[Outcome]:
@@ -106,6 +109,7 @@ def run_together(
         configs: of the runs; `can_run_together` says which may be together.
         console, should_stop, workplace: as for `run`.
         labels: what tells each run from the others in a few words.
+        on_failure: told at once of a run that fails, by its place among the configs, with the error.
 
     Raises what concerns all of them: UserError for wrong data or a wrong teacher, Interrupted when asked to stop.
     """
@@ -117,7 +121,10 @@ def run_together(
             expected="one process a run",
             hint="python -m vkd.train, without the launcher",
         )
-    jobs = [_Job(config, label) for config, label in zip(configs, labels or [""] * len(configs), strict=True)]
+    jobs = [
+        _Job(config, label, partial(on_failure, number))
+        for number, (config, label) in enumerate(zip(configs, labels or [""] * len(configs), strict=True))
+    ]
     _Group(jobs, console, should_stop, workplace or Workplace()).do()
     return [job.outcome for job in jobs]
 
@@ -143,6 +150,7 @@ def teacher_training_config(config: Config) -> Config:
         study=TEACHERS_STUDY,
         seed=config.teacher.seed,
         precision="fp32",
+        teacher=None,
         student=StudentConfig(arch=config.teacher.arch),
         method={},
         divergence={},
@@ -194,14 +202,17 @@ class _Job:
     outcome: what became of it.
     ended: it takes no further part, since it is done or has failed.
     entered: its directory is its own by now, so that an error belongs in there.
+    on_failure: told of the error that ends it.
+    holds: its lock and its log, let go when it ends.
     """
 
     config: Config
     label: str
+    on_failure: Callable[[BaseException], None]
     outcome: Outcome = field(default_factory=Outcome)
     ended: bool = False
     entered: bool = False
-    student: torch.nn.Module | None = None
+    holds: ExitStack = field(default_factory=ExitStack)
     run_id: str = ""
     group_id: str = ""
     directory: RunDirectory | None = None
@@ -209,26 +220,34 @@ class _Job:
     session: Session | None = None
     tracker: Tracker | None = None
 
-    def fail(self, error: Exception) -> None:
-        """Note why it ended, in its directory too where it has one. Whoever called says it to the user."""
+    def fail(self, error: BaseException) -> None:
+        """Note why it ended, in its directory too where it has one, and say so to whoever wants to know."""
         self.ended, self.outcome.error = True, error
         if self.entered:
             text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-            self.end_early(FAILED, error, text)
             with self.directory.speaking():
                 logger.debug("failed\n%s", text)
+            self.end_early(FAILED, error, text)
+        self.release()
+        self.on_failure(error)
 
     def end_early(self, state: str, error: BaseException, text: str = "") -> None:
         """Write the state of a run that ends before its time, and tell its tracker."""
+        self.ended = True
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        self.directory.write_state(state, reason=reason, traceback=text, epochs=self.config.recipe.epochs)
-        if self.tracker is not None:
-            self.tracker.finish({}, failed=True)
+        with self.directory.speaking():
+            try:
+                self.directory.write_state(state, reason=reason, traceback=text, epochs=self.config.recipe.epochs)
+            except OSError as trouble:
+                logger.warning("%s could not be told that the run has ended: %s", self.directory.path, trouble)
+            if self.tracker is not None:
+                self.tracker.finish({}, failed=True)
         self.release()
 
     def release(self) -> None:
         """Let go of what a run needs while it trains."""
-        self.student = self.learner = self.session = self.tracker = None
+        self.learner = self.session = self.tracker = None
+        self.holds.close()
 
     def skip(self) -> None:
         """It need not be done."""
@@ -240,8 +259,11 @@ class _Job:
         """Turn an error into this run's failure."""
         try:
             yield
-        except Exception as error:
-            self.fail(error)
+        except FAILURES as error:
+            if self.ended:  # what is done is done
+                logger.warning("%s is done, but: %s", self.directory.path, error)
+            else:
+                self.fail(error)
 
 
 class _Group:
@@ -265,14 +287,13 @@ class _Group:
         setting = open_setting(self.config, self.workplace, max(views_of(job.config) for job in self.jobs))
         for note in setting.data.notes:
             logger.info("%s", note)
-        for job in self.jobs:
-            with job.guarded():
-                job.student = make_student(job.config, setting.data)
-                self._check_recipe(job.student, setting)
-                setting.decide(job.config, job.student)
+        student = make_student(self.config, setting.data)
+        self._check_recipe(student, setting)
+        setting.decide(self.config, student)
         opened, weights = None, None
-        if not self.config.is_plain and self.left:
-            opened, weights = self._find_teacher(setting)
+        if not self.config.is_plain:
+            opened, weights = self._find_teacher(setting, student)
+        del student
         for job in self.left:
             with job.guarded():
                 self._identify(job, setting.data, weights)
@@ -282,17 +303,25 @@ class _Group:
         if opened is not None:
             setting.teacher = self._make_teacher(setting, opened, weights)
         while self.left:
-            self._train(self._as_many_as_fit(setting), setting)
+            chosen = self._as_many_as_fit(setting)
+            self._train(chosen, setting)
+            for job in chosen:
+                if job.outcome.error is not None:
+                    # What its traceback names would hold all of these students until the last ones are done.
+                    traceback.clear_frames(job.outcome.error.__traceback__)
 
     def _check_recipe(self, student: torch.nn.Module, setting: Setting) -> None:
         """Raise ConfigError where data or network refuse the recipe, before a teacher is trained for nothing."""
         config, recipe = self.config, self.config.recipe
+        setting.data.steps_per_epoch(recipe.batch_size, recipe.drop_last)
         where = "teacher.recipe" if config.study == TEACHERS_STUDY else "recipe"
         Schedule(recipe, make_optimizer(recipe, student, where=where), where=where)
         if not config.is_plain and config.teacher.mean is not None:
             Normalization(config.teacher.mean, config.teacher.std, setting.data.channels, key="teacher")
 
-    def _find_teacher(self, setting: Setting) -> tuple[OpenedTeacher | None, dict[str, Any] | None]:
+    def _find_teacher(
+        self, setting: Setting, student: torch.nn.Module
+    ) -> tuple[OpenedTeacher | None, dict[str, Any] | None]:
         """The teacher and what identifies it, training it first where nothing else gives it.
 
         A trained teacher is identified by the run that trains it, a given one by its weights. Whether the methods can
@@ -303,7 +332,7 @@ class _Group:
         model = open_untrained(config, data) if opened is None else opened.model
         for job in self.left:
             with job.guarded():
-                make_methods(job.config, data, job.student, model)
+                make_methods(job.config, data, student, model)
         if config.teacher.cache == "views":
             require_discrete(data)
         if not self.left:
@@ -354,7 +383,7 @@ class _Group:
         room: float | None = None
         for job in self.left:
             with job.guarded():
-                job.learner = make_learner(job.config, setting, job.student)
+                job.learner = make_learner(job.config, setting, make_student(job.config, setting.data))
                 if len(self.left) > 1 and most > 1:
                     if room is None:
                         room = available_bytes(setting.device) - step_bytes(job.learner, setting, self.config.recipe)
@@ -362,66 +391,69 @@ class _Group:
                 if chosen and (len(chosen) == most or (room is not None and room < 0)):
                     job.learner = None
                     logger.info(
-                        "%d students are trained at once, the others after them (%s)", len(chosen),
-                        "students_at_once" if len(chosen) == most else "memory",
+                        "%d student%s trained at once, the others after that (%s)", len(chosen),
+                        "s are" if len(chosen) > 1 else " is", "students_at_once" if len(chosen) == most else "memory",
                     )  # fmt: skip
                     break
                 chosen.append(job)
         return chosen
 
-    def _train(self, jobs: list[_Job], setting: Setting) -> None:
+    def _train(self, chosen: list[_Job], setting: Setting) -> None:
         """Train runs side by side to their results."""
         display = make_display(self.console)
-        with ExitStack() as directories:
-            for job in jobs:
+        try:
+            for job in chosen:
                 with job.guarded():
-                    self._enter(job, directories)
-            jobs = [job for job in jobs if not job.ended]
-            try:
-                if jobs:
-                    self._announce(jobs, setting)
-                for job in jobs:
+                    self._enter(job)
+            jobs = [job for job in chosen if not job.ended]
+            if jobs:
+                self._announce(jobs, setting)
+            for job in jobs:
+                with job.guarded(), job.directory.speaking():
+                    self._start(job, setting)
+            by_session = {job.session: job for job in jobs if not job.ended}
+            if not by_session:
+                return
+            trainer = make_trainer(
+                self.config,
+                setting,
+                list(by_session),
+                display=display,
+                should_stop=self.should_stop,
+                on_failure=lambda session, error: by_session[session].fail(error),
+            )
+            for job, record in zip(by_session.values(), trainer.fit(), strict=True):
+                if record is not None:
                     with job.guarded(), job.directory.speaking():
-                        self._start(job, setting)
-                jobs = [job for job in jobs if not job.ended]
-                if not jobs:
-                    return
-                by_session = {job.session: job for job in jobs}
-                trainer = make_trainer(
-                    self.config,
-                    setting,
-                    list(by_session),
-                    display=display,
-                    should_stop=self.should_stop,
-                    on_failure=lambda session, error: self._failed(by_session[session], error),
-                )
-                records = trainer.fit()
-                for job, record in zip(jobs, records, strict=True):
-                    if record is not None:
-                        with job.guarded(), job.directory.speaking():
-                            self._finish(job, setting, record, len(jobs))
-            except BaseException as error:
-                for job in jobs:
-                    if not job.ended and isinstance(error, Exception):
-                        job.fail(error)
-                    elif not job.ended:
-                        job.end_early(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED, error)
-                if not isinstance(error, Exception):
-                    raise
-            finally:
-                display.close()
-                if setting.teacher is not None and setting.teacher.views is not None:
-                    setting.teacher.views.flush()
+                        self._finish(job, setting, record, len(by_session))
+        except BaseException as error:
+            for job in chosen:
+                if job.ended or not job.entered:
+                    continue
+                if isinstance(error, FAILURES):
+                    job.fail(error)
+                else:
+                    job.end_early(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED, error)
+            if not isinstance(error, FAILURES):
+                raise
+        finally:
+            display.close()
+            if setting.teacher is not None:
+                setting.teacher.keep_views()
+            for job in chosen:
+                job.release()
 
-    def _enter(self, job: _Job, directories: ExitStack) -> None:
+    def _enter(self, job: _Job) -> None:
         """Make a run's directory, keep others out of it, and let it log."""
+        job.outcome.directory = job.directory
         job.directory.create()
-        directories.enter_context(job.directory.held(wait=job.config.study == TEACHERS_STUDY))
+        job.holds.enter_context(job.directory.held(wait=job.config.study == TEACHERS_STUDY))
         # Whoever held the directory before may have finished the run.
         if job.directory.is_done():
             job.skip()
+            job.release()
             return
-        directories.enter_context(job.directory.logged())
+        job.holds.enter_context(job.directory.logged())
         job.directory.write_config(job.config.as_dict())
         job.entered = True
 
@@ -446,13 +478,6 @@ class _Group:
                 job.tracker.log(line)
         directory.write_metrics(job.session.history)
         directory.write_state(RUNNING, epoch=job.session.position[0] - 1, epochs=config.recipe.epochs)
-
-    def _failed(self, job: _Job, error: Exception) -> None:
-        alone = len(self.jobs) == 1
-        job.fail(error)
-        if not alone:
-            with job.directory.speaking():
-                logger.warning("failed, and the others go on: %s", str(error).splitlines()[0] if str(error) else error)
 
     def _announce(self, jobs: Sequence[_Job], setting: Setting) -> None:
         """Say what is trained: of each run where it is, and once what they share."""
@@ -514,11 +539,10 @@ class _Group:
         }
         write_json_atomically(directory.result, result)
         directory.write_state(DONE, epoch=config.recipe.epochs, epochs=config.recipe.epochs)
+        job.ended = True
         if not config.keep_checkpoint:
             directory.checkpoint.unlink(missing_ok=True)
         shown = {"val": record.metrics["val/top1"], "test": record.metrics["test/top1"]}
         figures = ", ".join(f"{split} {value:.2f} %" for split, value in shown.items() if value is not None)
         logger.info("done: %s in %.1f s; %s", figures, record.timing["seconds"], directory.result)
         job.tracker.finish(record.metrics)
-        job.outcome.directory, job.ended = directory, True
-        job.release()

@@ -1,15 +1,15 @@
 """The switches of speed: which are on, chosen by device where the config leaves them open.
 
 None of them changes what is computed but for rounding, so none is part of a fingerprint. The choices come from
-`python -m vkd.benchmark` (results/speed/): on a CPU channels-last images, a folded teacher and the fused optimizer
-always pay, a compiled teacher pays once its some ten seconds of compilation are won back, and a compiled student is
-slower.
+`python -m vkd.benchmark` (results/speed/): on a CPU channels-last images, a folded teacher, the fused optimizer and
+freed memory that is kept pay; compiling won less than the noise there, a few per cent for the teacher, and is left to
+the config. On CUDA nothing has been measured yet: compiled networks and CUDA graphs are off there until they are asked
+for.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +17,9 @@ from torch import nn
 
 from vkd.config import Config
 from vkd.errors import ConfigError
+from vkd.training.allocator import can_keep_freed_memory
 
 logger = logging.getLogger("vkd")
-
-STEPS_WORTH_COMPILING = 2000
-"""Steps of training from which compiling the teacher for the CPU pays: at 20 to 60 ms a step it is won back after some
-hundreds."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,8 @@ class Switches:
     fold: the teacher's BatchNorms are folded into its convolutions.
     compile_teacher, compile_student: forward passes are compiled.
     fused_optimizer: the optimizer's fused implementation; torch's `foreach` otherwise.
-    graphs: steps are captured in a CUDA graph.
+    graphs: steps are captured in CUDA graphs (`vkd.training.graphs`), where method, optimizer and precision allow it.
+    keep_freed_memory: the C library keeps freed memory for the next step.
     cache: "views" keeps the teacher's logits, "none" asks it anew.
     precision: fp32, bf16 or fp16.
     """
@@ -44,6 +42,7 @@ class Switches:
     compile_student: bool
     fused_optimizer: bool
     graphs: bool
+    keep_freed_memory: bool
     cache: str
     precision: str
 
@@ -61,6 +60,7 @@ class Switches:
             "student compiled": self.compile_student,
             "fused optimizer": self.fused_optimizer,
             "CUDA graphs": self.graphs,
+            "freed memory kept": self.keep_freed_memory,
             "teacher views cached": self.cache == "views",
         }
         on = [name for name, value in named.items() if value]
@@ -68,8 +68,8 @@ class Switches:
         return f"on: {', '.join(on) or 'none'}; off: {', '.join(off) or 'none'}"
 
 
-def choose_switches(config: Config, device: torch.device, steps: int, student: nn.Module) -> Switches:
-    """The switches of a run of `steps` steps: the config's, and where it has null what pays on this device.
+def choose_switches(config: Config, device: torch.device, student: nn.Module) -> Switches:
+    """The switches of a run: the config's, and where it has null what pays on this device.
 
     Raises ConfigError where channels last is asked for and torch would compute wrong gradients.
     """
@@ -82,18 +82,17 @@ def choose_switches(config: Config, device: torch.device, steps: int, student: n
             expected="channels_last=false for this student",
             hint="channels_last=false",
         )
-    teacher = config.teacher
-    long = steps >= STEPS_WORTH_COMPILING
-    compiler = on_cuda or shutil.which("c++") is not None or shutil.which("g++") is not None
+    teacher = None if config.is_plain else config.teacher
     if config.graphs and not on_cuda:
         logger.info("graphs=true: there are no CUDA graphs on %s", device.type)
     return Switches(
         channels_last=_choose(config.channels_last, safe and device.type in ("cpu", "cuda")),
         fold=teacher is not None and teacher.fold,
-        compile_teacher=teacher is not None and _choose(teacher.compile, device.type == "cpu" and long and compiler),
+        compile_teacher=teacher is not None and _choose(teacher.compile, False),
         compile_student=_choose(config.compile, False),
         fused_optimizer=_choose(config.fused_optimizer, device.type in ("cpu", "cuda")),
-        graphs=on_cuda and _choose(config.graphs, True),
+        graphs=on_cuda and _choose(config.graphs, False),
+        keep_freed_memory=_choose(config.keep_freed_memory, device.type == "cpu" and can_keep_freed_memory()),
         cache="none" if teacher is None else teacher.cache,
         precision=config.precision,
     )

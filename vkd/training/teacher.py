@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vkd.config import Config, TeacherConfig
 from vkd.data import Data, Normalization
-from vkd.errors import ConfigError, ModelError
+from vkd.errors import ConfigError, ModelError, UserError
 from vkd.methods import Output
 from vkd.models import (
     Intermediates,
@@ -67,24 +67,36 @@ class Teacher:
     padded_to: int = 0
     views: TeacherViews | None = None
 
-    def __call__(self, images: Tensor, student_images: Tensor, view_rows: Tensor | None = None) -> Output:
-        """The output on a batch.
+    def __call__(
+        self, images: Tensor, student_images: Tensor, view_rows: Tensor | None = None, out: Output | None = None
+    ) -> Output:
+        """The output on a batch, in tensors of its own or in those of `out`.
 
         Args:
             images: uint8 [B, channels, height, width].
             student_images: the same, normalised for the student; taken as they are where both want them alike.
             view_rows: which row of `views` belongs to each image, int64 [B], on the CPU; only where there are views.
+            out: where the output is to be written; None for new tensors.
         """
-        if self.views is not None and view_rows is not None:
-            return Output(self.views.logits(view_rows, lambda chosen: self._logits_of(images, student_images, chosen)))
-        return self._run(images, student_images)
+        if self.views is None or view_rows is None:
+            return self._run(images, student_images, out)
+        try:
+            logits = self.views.logits(view_rows, lambda chosen: self._logits_of(images, student_images, chosen))
+        except UserError as error:  # no room on the disk, for instance; the network itself is still there
+            logger.warning("the teacher's logits are no longer kept: %s", error)
+            self.views = None
+            return self._run(images, student_images, out)
+        if out is None:
+            return Output(logits)
+        out.logits.copy_(logits)
+        return out
 
     def _logits_of(self, images: Tensor, student_images: Tensor, chosen: Tensor) -> Tensor:
         """Logits of the images at the positions `chosen` of a batch."""
         chosen = chosen.to(images.device)
         return self._run(images.index_select(0, chosen), student_images.index_select(0, chosen)).logits
 
-    def _run(self, images: Tensor, student_images: Tensor) -> Output:
+    def _run(self, images: Tensor, student_images: Tensor, out: Output | None = None) -> Output:
         count = len(images)
         with torch.inference_mode(), self.precision.autocast():
             inputs = student_images if self.shares_normalization else self.normalization(images)
@@ -92,8 +104,11 @@ class Teacher:
                 inputs = inputs[torch.arange(self.padded_to, device=inputs.device).clamp_(max=count - 1)]
             output = forward(self.model if self.network is None else self.network, self.intermediates, inputs)
         # Tensors of inference mode cannot take part in a loss, and a compiled network may write over its last output.
-        embedding = None if output.embedding is None else output.embedding[:count].clone()
-        return Output(output.logits[:count].clone(), [entry[:count].clone() for entry in output.features], embedding)
+        if out is None:
+            return output.map(lambda entry: entry[:count].clone())
+        for mine, entry in zip(out.tensors, output.tensors, strict=True):
+            mine.copy_(entry[:count])
+        return out
 
     def made_fast(
         self, switches: Switches, images: Tensor, *, batch_size: int, needs_features: bool = False
@@ -136,6 +151,14 @@ class Teacher:
             logger.warning("the teacher could not be compiled and runs as it is (%s)", reason)
             return self
         return compiled
+
+    def keep_views(self) -> None:
+        """Make what was added to the table of its logits durable; where that fails, say so: no run depends on it."""
+        if self.views is not None:
+            try:
+                self.views.flush()
+            except UserError as error:
+                logger.warning("the teacher's logits are not kept: %s", error)
 
     def as_record(self) -> dict[str, Any]:
         """What `result.json` says about the teacher."""
@@ -221,8 +244,9 @@ def freeze(
     saw_val: bool | str,
     device: torch.device,
     layout: torch.memory_format = torch.contiguous_format,
+    measure: bool = True,
 ) -> Teacher:
-    """Put a network in the teacher's place and measure it on `val` and `test`.
+    """Put a network in the teacher's place and, unless `measure` is false, measure it on `val` and `test`.
 
     Raises ModelError when it is no better than chance, unless `teacher.allow_chance_accuracy` is set.
     """
@@ -242,6 +266,8 @@ def freeze(
         sha256=sha256,
         saw_val=saw_val,
     )
+    if not measure:
+        return teacher
     for split in ("val", "test"):
         teacher.accuracy[split] = None
         if split in data.splits_present:

@@ -17,6 +17,7 @@ from vkd.config import RecipeConfig
 from vkd.data import Data, Normalization
 from vkd.data.batches import ImageBatch
 from vkd.methods import Output, Progress
+from vkd.training.graphs import Capture, CudaCapture, StaticBatch
 from vkd.training.interruption import Interrupted
 from vkd.training.session import Record, Session
 from vkd.training.switches import Switches
@@ -27,6 +28,10 @@ UNTIMED_STEPS = 3
 
 CHECK_EVERY = 100
 """Steps between looks at the device for a loss that is not finite."""
+
+
+FAILURES = (Exception, SystemExit)
+"""What makes a student fail, and no other one beside it: a library that wants to exit is no more than that."""
 
 
 class Display(Protocol):
@@ -60,9 +65,10 @@ class Trainer:
         device: where everything runs.
         display: who shows progress.
         should_stop: asked after every step; true ends training with a checkpoint and `Interrupted`.
-        switches: of speed; of them, how images are laid out is its part.
+        switches: of speed; of them, how images are laid out and whether steps are captured are its part.
         on_failure: told of a student that cannot go on, with the error; the others go on without it. None: the error is
             raised.
+        capture: records steps; None for CUDA graphs where the switches say so, and for none elsewhere.
 
     Raises ConfigError when the batch size leaves an epoch no step.
     """
@@ -81,6 +87,7 @@ class Trainer:
         should_stop: Callable[[], bool] = lambda: False,
         switches: Switches | None = None,
         on_failure: Callable[[Session, Exception], None] | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.sessions = list(sessions)
         self.teacher = teacher
@@ -94,17 +101,26 @@ class Trainer:
         self.switches = switches
         self.layout = torch.contiguous_format if switches is None else switches.layout
         self.on_failure = on_failure
+        self.capture = CudaCapture(device) if capture is None and switches is not None and switches.graphs else capture
         self.views = max((session.learner.method.views for session in self.sessions), default=1)
         self.steps_per_epoch = data.steps_per_epoch(recipe.batch_size, recipe.drop_last)
         self._steps_of_this_process = 0
         self._failed: set[Session] = set()
         self._endless: Iterator[int] | None = None
+        self._static: StaticBatch | None = None
 
     def fit(self) -> list[Record | None]:
         """Train to the end, from wherever the sessions stand, and give each session's record; None where one failed.
 
         Raises TrainingError when a loss is not finite and nobody is to be told of it, Interrupted when asked to stop.
         """
+        try:
+            self._train()
+        finally:
+            self._release_graphs()
+        return [None if session in self._failed else session.record() for session in self.sessions]
+
+    def _train(self) -> None:
         while sessions := [session for session in self._going_on() if session.position[0] <= self.recipe.epochs]:
             epoch, step = min(session.position for session in sessions)
             self._train_epoch(epoch, step)
@@ -114,7 +130,14 @@ class Trainer:
                     self.display.epoch_done(session.history[-1])
             if self.should_stop() and epoch < self.recipe.epochs:
                 raise Interrupted(f"stopped after epoch {epoch}")
-        return [None if session in self._failed else session.record() for session in self.sessions]
+
+    def _release_graphs(self) -> None:
+        """Free the memory of captured steps now; left to the garbage collector it would miss in the next run."""
+        if self._static is not None:
+            self._static.release()
+            self._static = None
+        for session in self.sessions:
+            session.learner.release_graph()
 
     def take_steps(self, count: int) -> None:
         """The next `count` training steps, running on into the epochs to come; nothing is measured, saved or shown."""
@@ -141,7 +164,7 @@ class Trainer:
         """Keep what goes wrong with one student from the others."""
         try:
             yield
-        except Exception as error:
+        except FAILURES as error:
             if self.on_failure is None:
                 raise
             self._failed.add(session)
@@ -157,14 +180,14 @@ class Trainer:
                 self._synchronize()
                 started, timed_images = time.perf_counter(), 0
             if not (sessions := self._taking_part(epoch, step)):
-                break
+                continue  # nobody is left of those that were behind, and the others come later in the epoch
             self.display.step_done(images, sessions[0].learner.epoch_figures)
             if step % CHECK_EVERY == 0 or step == self.steps_per_epoch:
                 self._check_finite(sessions)
             if self.should_stop():
-                self._count_time(sessions, started, timed_images)
+                self._count_time(epoch, first_step, started, timed_images)
                 self._stop(epoch, step)
-        self._count_time(self._taking_part(epoch + 1, 0), started, timed_images)
+        self._count_time(epoch, first_step, started, timed_images)
 
     def _steps(self, epoch: int, first_step: int) -> Iterator[int]:
         """Every step of an epoch behind its first `first_step`: how many images it saw, once it is done."""
@@ -178,33 +201,61 @@ class Trainer:
         )
         total = self.recipe.epochs * self.steps_per_epoch
         for step, batch in enumerate(batches, start=first_step + 1):
+            if not (sessions := self._taking_part(epoch, step)):
+                yield len(batch.targets)
+                continue
             progress = Progress(epoch, self.recipe.epochs, (epoch - 1) * self.steps_per_epoch + step, total)
-            (images, teacher_output), *others = self._see(batch)
-            for session in self._taking_part(epoch, step):
-                with self._isolated(session):
-                    session.learner.step(images, teacher_output, batch.targets, batch.indices, progress, others)
+            static = self._placed(batch)
+            (images, teacher_output), *others = self._see(batch) if static is None else static.views
+            read, how = (batch, {}) if static is None else (static, {"capture": self.capture})
+            for session in sessions:
+                with self._isolated(session), session.voice():
+                    session.learner.step(images, teacher_output, read.targets, read.indices, progress, others, **how)
             yield len(batch.targets)
 
     def _see(self, batch: ImageBatch) -> list[tuple[Tensor, Output | None]]:
         """For each view of a batch what the students see, and what the teacher says about it."""
         seen = []
         for number, pixels in enumerate((batch.images, *batch.views)):
-            images = self.normalization(pixels).contiguous(memory_format=self.layout)
+            images = self._look(pixels)
             rows = batch.view_rows if number == 0 else None
             seen.append((images, None if self.teacher is None else self.teacher(pixels, images, rows)))
         return seen
+
+    def _look(self, pixels: Tensor) -> Tensor:
+        return self.normalization(pixels).contiguous(memory_format=self.layout)
+
+    def _placed(self, batch: ImageBatch) -> StaticBatch | None:
+        """The batch where captured steps read it; None where they are not to be captured, as that of a short batch."""
+        if self.capture is None or len(batch.targets) != self.recipe.batch_size:
+            return None
+        if self._static is not None:
+            self._static.load(batch)
+            return self._static
+        has_views = self.teacher is not None and self.teacher.views is not None
+        self._static = StaticBatch(
+            batch,
+            self._see(batch),
+            look=self._look,
+            ask=lambda pixels, images, rows, out: self.teacher(pixels, images, rows, out),
+            capture=self.capture,
+            device=self.device,
+            obstacle="its logits come from a table that the host looks into" if has_views else None,
+        )
+        return self._static
 
     def _check_finite(self, sessions: Sequence[Session]) -> None:
         for session in sessions:
             with self._isolated(session):
                 session.learner.check_finite()
 
-    def _count_time(self, sessions: Sequence[Session], started: float, images: int) -> None:
+    def _count_time(self, epoch: int, first_step: int, started: float, images: int) -> None:
+        """Tell those that were there from the first of these steps how long they took and how many images they saw."""
         self._synchronize()
         seconds = time.perf_counter() - started
         if self._steps_of_this_process <= UNTIMED_STEPS:
             seconds, images = 0.0, 0
-        for session in sessions:
+        for session in self._taking_part(epoch, first_step + 1):
             session.add_training_time(seconds, images)
 
     def _stop(self, epoch: int, step: int) -> None:
