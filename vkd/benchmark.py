@@ -6,13 +6,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vkd.command import STOPPED, complain, import_training, logger, parse_words, quietly, speaking
 from vkd.composition import compose_config, group_choices
 from vkd.config import Config, parse
 from vkd.errors import ConfigError, UserError, list_names, nearest
 from vkd.speed.scratch import scratch_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LOOP_NAMES = ("classic", "run", "cached", "fused", "bound", "plain")
 OTHER_PARTS = ("profile", "divergences", "startup")
@@ -106,15 +109,20 @@ def _check(own: BenchmarkConfig) -> None:
         raise ConfigError("there is nothing to measure", expected="at least one part and one shape", hint="--help")
 
 
-def benchmark(words: Sequence[str]) -> dict[str, Any]:
-    """Measure what the words ask for and write it; see `vkd.speed.report`. Raises UserError for wrong input."""
+def benchmark(words: Sequence[str], console: Console) -> dict[str, Any]:
+    """Measure what the words ask for, print it and write it; see `vkd.speed.report`.
+
+    Raises UserError for wrong input, OSError where the file cannot be written, once the figures are printed.
+    """
     own, config = read_words(words)
     from vkd.speed.report import measure, write
+    from vkd.speed.tables import print_report
 
     with scratch_folder() as folder:
         report = measure(own, config, folder, words)
+    print_report(report, console)
     if own.output is not None:
-        logger.info("written to %s", write(report, Path(own.output)))
+        logger.info("\nwritten to %s", write(report, Path(own.output)))
     return report
 
 
@@ -126,10 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with speaking() as console:
         try:
-            report = benchmark(words)
-            from vkd.speed.tables import print_report
-
-            print_report(report, console)
+            benchmark(words, console)
         except (UserError, OSError) as error:
             complain(error)
             return 2

@@ -105,6 +105,9 @@ class Jobs:
             self._failed(jobs, error)
 
     def _failed(self, jobs: Sequence[tuple[int, Sequence[str]]], error: BaseException) -> None:
+        """Say that jobs failed, but for those of which that is known."""
+        known = {number for number, _, _ in self.failures}
+        jobs = [job for job in jobs if job[0] not in known]
         expected = isinstance(error, UserError)
         message = str(error) if expected else "".join(traceback.format_exception(error)).strip()
         alone = self.count == 1

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 
 class FusedLauncher(Launcher):
@@ -35,12 +38,16 @@ class FusedLauncher(Launcher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
         jobs, returns = [], []
-        for overrides in job_overrides:
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
             composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
-            words = list(composed.hydra.overrides.task)
             with open_dict(composed):
-                del composed["hydra"]
-            jobs.append((words, composed))
-            returns.append(JobReturn(overrides=filter_overrides(overrides), cfg=composed, status=JobStatus.COMPLETED))
+                composed.hydra.job.id = composed.hydra.job.num = number
+            HydraConfig.instance().set_config(composed)
+            own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+            # Now, while ${hydra:...} speaks of this job. What cannot be resolved is explained by who reads it.
+            with contextlib.suppress(OmegaConfBaseException):
+                OmegaConf.resolve(own)
+            jobs.append((list(composed.hydra.overrides.task), own))
+            returns.append(JobReturn(overrides=filter_overrides(overrides), cfg=own, status=JobStatus.COMPLETED))
         self.task_function.together(jobs)
         return returns

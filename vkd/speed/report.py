@@ -134,11 +134,12 @@ def _measure_loops(own: BenchmarkConfig, loops: Loops, names: Sequence[str]) -> 
         logger.info("making ready: %s", LOOPS[name])
         try:
             parts.append(loops.make(name))
-        except ConfigError as error:
-            if own.parts is not None or name not in OPTIONAL:
+        except (ConfigError, torch.OutOfMemoryError) as error:
+            wrong_input = isinstance(error, ConfigError)
+            if wrong_input and (own.parts is not None or name not in OPTIONAL):
                 raise
-            left_out[name] = error.problem
-            logger.info("left out: %s (%s)", name, error.problem)
+            left_out[name] = error.problem if wrong_input else str(error).splitlines()[0]
+            logger.info("left out: %s (%s)", name, left_out[name])
     figures: dict[str, list[float]] = {name: [] for name in LOOPS}
     # Workers have up to two batches ready each; behind that many steps the queue is as full as the loop keeps it.
     settling_steps = 2 * loops.config.workers + 2
