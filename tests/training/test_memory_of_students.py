@@ -65,3 +65,24 @@ def test_reckoning_leaves_the_student_and_all_random_numbers_as_they_are(data):
 def test_no_more_than_eight_tenths_of_the_memory_are_given_to_students():
     everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < available_bytes(CPU) <= 0.8 * everything
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "cached"),
+    [
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_a_container_gets_what_its_limit_leaves_and_files_kept_just_in_case_do_not_count(
+    tmp_path, monkeypatch, folder, limit, used, cached
+):
+    group = tmp_path / folder
+    group.mkdir(exist_ok=True)
+    (group / limit).write_text("10000\n")
+    (group / used).write_text("7000\n")
+    (group / "memory.stat").write_text(f"anon 4000\n{cached} 2500\n")
+    monkeypatch.setattr("vkd.training.memory.CONTROL_GROUP", tmp_path)
+    assert available_bytes(CPU) == pytest.approx(0.8 * (10000 - (7000 - 2500)))
+    (group / limit).write_text("max\n")
+    assert available_bytes(CPU) > 10000

@@ -16,6 +16,9 @@ from vkd.training.learner import Learner
 if TYPE_CHECKING:
     from vkd.training.assembly import Setting
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what the control group of a process may take."""
+
 SHARE = 0.8
 """Of the free memory, what students may be planned to take."""
 
@@ -45,14 +48,16 @@ def _free_host_bytes() -> float:
 
 def _left_in_container() -> float:
     """What the control group of this process may still take; without limit where it has none."""
-    folder = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for folder, limit, used, cached in (
+        (CONTROL_GROUP, "memory.max", "memory.current", "inactive_file"),
+        (CONTROL_GROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            return float(int((folder / limit).read_text()) - int((folder / used).read_text()))
-        except (OSError, ValueError):  # "max" is no number
+            figures = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # Files that were read and are kept just in case give way.
+            taken = int((folder / used).read_text()) - int(figures[cached])
+            return float(int((folder / limit).read_text()) - taken)
+        except (OSError, ValueError, KeyError):  # "max" is no number
             continue
     return float("inf")
 
