@@ -64,8 +64,9 @@ _KEYS = [
     ("teacher.cache=none", "views: keep its logits for every view that crop and flip can make, for all runs to come"),
     (
         "compile, channels_last, ...",
-        "fused_optimizer, graphs, teacher.fold, teacher.compile: speed only; null: what pays",
+        "fused_optimizer, graphs, keep_freed_memory, teacher.fold, teacher.compile: speed alone",
     ),
+    ("students_at_once=null", "of the fused launcher; null: as many as memory holds"),
 ]
 
 
@@ -99,6 +100,6 @@ def train_page() -> str:
         "",
         "A run leaves config.yaml, metrics.jsonl, result.json, student.safetensors, last.ckpt, status.json and",
         "train.log in runs/<study>/<teacher>-<student>/<method>-<divergence>-s<seed>-<hash>/.",
-        "See also: python -m vkd.collect --help, python -m vkd.evaluate --help.",
+        "See also: --help of python -m vkd.collect, vkd.evaluate and vkd.benchmark.",
     ]
     return "\n".join(lines)
