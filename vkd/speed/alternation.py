@@ -18,6 +18,7 @@ import torch
 
 from vkd.speed.memory import weigh
 from vkd.speed.separate import SeparateLoop
+from vkd.training.clock import synchronize
 
 WARM_UP_STEPS = 5
 """Steps of each part before anything is measured: they pay for allocation, algorithm choice, compilation, capture."""
@@ -105,7 +106,7 @@ def alternate(
         on_progress(f"warming up: {part.name}")
         with part.running():
             part.take_steps(WARM_UP_STEPS)
-            _synchronize(device)
+            synchronize(device)
     if steps is None:
         pace = _seconds_of(parts[0], CALIBRATION_STEPS, settling_steps, device) / CALIBRATION_STEPS
         steps = max(1, min(MOST_STEPS, round(seconds / pace)))
@@ -123,15 +124,8 @@ def _seconds_of(part: Part, steps: int, settling_steps: int, device: torch.devic
     """How long so many steps take, once the part runs as steadily as it will."""
     with part.running():
         part.take_steps(settling_steps)
-        _synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         part.take_steps(steps)
-        _synchronize(device)
+        synchronize(device)
         return time.perf_counter() - started
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

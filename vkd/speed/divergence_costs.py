@@ -15,6 +15,7 @@ from torch.nn import functional
 from vkd.divergences import make_divergence
 from vkd.errors import ConfigError
 from vkd.speed.memory import peak_bytes
+from vkd.training.clock import seconds_per_call, synchronize
 from vkd.training.memory import available_bytes
 
 REFERENCE = "kl_div"
@@ -120,16 +121,16 @@ def _measure_at(
     def seconds_of(name: str, calls: int) -> tuple[float, float]:
         """Of the value alone, and of value and gradient: means over so many calls."""
         if calls > 1:
-            forward = _seconds(lambda: functions[name](student, teacher), calls, device)
-            return forward, _seconds(both_of(name), calls, device)
+            forward = seconds_per_call(lambda: functions[name](student, teacher), calls, device)
+            return forward, seconds_per_call(both_of(name), calls, device)
         # A call that is long enough to be waited for in its middle.
         student.grad = None
         started = time.perf_counter()
         value = functions[name](student, teacher)
-        _synchronize(device)
+        synchronize(device)
         forward = time.perf_counter() - started
         value.backward()
-        _synchronize(device)
+        synchronize(device)
         return forward, time.perf_counter() - started
 
     costs, calls = {}, {}
@@ -146,20 +147,3 @@ def _measure_at(
             costs[name].seconds.append(both)
     student.grad = None
     yield from costs.values()
-
-
-def _seconds(work: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds of one of so many calls, one after the other without waiting for the device in between."""
-    _synchronize(device)
-    started = time.perf_counter()
-    for _ in range(calls):
-        work()
-    _synchronize(device)
-    return (time.perf_counter() - started) / calls
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

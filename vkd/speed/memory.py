@@ -75,7 +75,7 @@ def _peak_host_bytes(work: Callable[[], object]) -> int:
     # Twice, since the profiler knows nothing of what was allocated before it came: what the first time leaves, such as
     # gradients, is what the second finds.
     with (
-        _without_stderr(),
+        without_stderr(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded,
     ):
         work()
@@ -93,7 +93,7 @@ def _peak_host_bytes(work: Callable[[], object]) -> int:
 
 
 @contextmanager
-def _without_stderr() -> Iterator[None]:
+def without_stderr() -> Iterator[None]:
     """The profiler's library says there when it begins and ends, and of what it knows nothing; nobody can stop it."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)

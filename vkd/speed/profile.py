@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from vkd.speed.bound import BoundLoop
+from vkd.speed.memory import without_stderr
+from vkd.training.clock import seconds_per_call
 
 KINDS = {
     "convolution forward": ("aten::mkldnn_convolution", "aten::cudnn_convolution", "aten::_slow_conv2d_forward"),
@@ -44,7 +45,7 @@ def measure_profile(loop: BoundLoop, *, repetitions: int, steps: int = 5) -> dic
     """
     device = loop.device
     matrix = torch.randn(MATRIX, MATRIX, device=device)
-    peak = 2 * MATRIX**3 / min(_timed(lambda: matrix @ matrix, device, 1) for _ in range(repetitions + 2))
+    peak = 2 * MATRIX**3 / min(seconds_per_call(lambda: matrix @ matrix, 1, device) for _ in range(repetitions + 2))
     teacher_output = loop.ask_teacher()
     parts = {"teacher": loop.ask_teacher, "student": lambda: loop.step(teacher_output)}
     found: dict[str, Any] = {"matrix_flops_per_second": peak}
@@ -53,7 +54,7 @@ def measure_profile(loop: BoundLoop, *, repetitions: int, steps: int = 5) -> dic
         with FlopCounterMode(display=False) as counter:
             run()
         flops = counter.get_total_flops()
-        seconds = [_timed(run, device, steps) for _ in range(repetitions)]
+        seconds = [seconds_per_call(run, steps, device) for _ in range(repetitions)]
         found[name] = {
             "flops": flops,
             "seconds": seconds,
@@ -69,26 +70,11 @@ def measure_profile(loop: BoundLoop, *, repetitions: int, steps: int = 5) -> dic
     return found
 
 
-def _timed(run: Callable[[], Any], device: torch.device, steps: int) -> float:
-    """Seconds of one of `steps` calls."""
-    _synchronize(device)
-    started = time.perf_counter()
-    for _ in range(steps):
-        run()
-    _synchronize(device)
-    return (time.perf_counter() - started) / steps
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _shares(run: Callable[[], Any], device: torch.device, steps: int) -> dict[str, float]:
     """Of the time in operations, the share of each kind, largest first."""
     on_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_cuda
-    with profile(activities=activities) as profiler:
+    with without_stderr(), profile(activities=activities) as profiler:
         for _ in range(steps):
             run()
     times = dict.fromkeys([*KINDS, "other"], 0.0)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from vkd.speed.memory import weigh
+from vkd.training.clock import synchronize
 
 
 class Loop(Protocol):
@@ -107,8 +108,7 @@ def _do(loop: Loop, running: contextlib.ExitStack, command: str, value: Any) -> 
         running.close()
     elif command == "steps":
         loop.take_steps(value)
-        if loop.device.type == "cuda":
-            torch.cuda.synchronize(loop.device)
+        synchronize(loop.device)
     else:
         return weigh(loop, loop.take_steps, loop.running, loop.device)
     return None

@@ -304,7 +304,7 @@ def make_trainer(
     *,
     display: Display,
     should_stop: Callable[[], bool] = lambda: False,
-    on_failure: Callable[[Session, Exception], None] | None = None,
+    on_failure: Callable[[Session, BaseException], None] | None = None,
 ) -> Trainer:
     """The loop over students in training that share a setting."""
     return Trainer(

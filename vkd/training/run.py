@@ -106,7 +106,7 @@ def run_together(
     those of the run alone, to the last bit. One that fails leaves its traceback and the others as they are.
 
     Args:
-        configs: of the runs; `can_run_together` says which may be together.
+        configs: of the runs; those with the same `shared_part` may be together.
         console, should_stop, workplace: as for `run`.
         labels: what tells each run from the others in a few words.
         on_failure: told at once of a run that fails, by its place among the configs, with the error.
@@ -381,21 +381,24 @@ class _Group:
         chosen: list[_Job] = []
         most = self.config.students_at_once or len(self.left)
         room: float | None = None
+        limit = ""
         for job in self.left:
+            if len(chosen) == most:
+                limit = "students_at_once"
+                break
             with job.guarded():
                 job.learner = make_learner(job.config, setting, make_student(job.config, setting.data))
                 if len(self.left) > 1 and most > 1:
                     if room is None:
                         room = available_bytes(setting.device) - step_bytes(job.learner, setting, self.config.recipe)
                     room -= learner_bytes(job.learner)
-                if chosen and (len(chosen) == most or (room is not None and room < 0)):
-                    job.learner = None
-                    logger.info(
-                        "%d student%s trained at once, the others after that (%s)", len(chosen),
-                        "s are" if len(chosen) > 1 else " is", "students_at_once" if len(chosen) == most else "memory",
-                    )  # fmt: skip
-                    break
+                    if chosen and room < 0:
+                        job.learner, limit = None, "memory"
+                        break
                 chosen.append(job)
+        if limit:
+            verb = "students are" if len(chosen) > 1 else "student is"
+            logger.info("%d %s trained at once, the others after that (%s)", len(chosen), verb, limit)
         return chosen
 
     def _train(self, chosen: list[_Job], setting: Setting) -> None:

@@ -17,6 +17,7 @@ from vkd.config import RecipeConfig
 from vkd.data import Data, Normalization
 from vkd.data.batches import ImageBatch
 from vkd.methods import Output, Progress
+from vkd.training.clock import synchronize
 from vkd.training.graphs import Capture, CudaCapture, StaticBatch
 from vkd.training.interruption import Interrupted
 from vkd.training.session import Record, Session
@@ -86,7 +87,7 @@ class Trainer:
         display: Display,
         should_stop: Callable[[], bool] = lambda: False,
         switches: Switches | None = None,
-        on_failure: Callable[[Session, Exception], None] | None = None,
+        on_failure: Callable[[Session, BaseException], None] | None = None,
         capture: Capture | None = None,
     ) -> None:
         self.sessions = list(sessions)
@@ -177,7 +178,7 @@ class Trainer:
             timed_images += images
             self._steps_of_this_process += 1
             if self._steps_of_this_process == UNTIMED_STEPS:
-                self._synchronize()
+                synchronize(self.device)
                 started, timed_images = time.perf_counter(), 0
             if not (sessions := self._taking_part(epoch, step)):
                 continue  # nobody is left of those that were behind, and the others come later in the epoch
@@ -251,7 +252,7 @@ class Trainer:
 
     def _count_time(self, epoch: int, first_step: int, started: float, images: int) -> None:
         """Tell those that were there from the first of these steps how long they took and how many images they saw."""
-        self._synchronize()
+        synchronize(self.device)
         seconds = time.perf_counter() - started
         if self._steps_of_this_process <= UNTIMED_STEPS:
             seconds, images = 0.0, 0
@@ -264,7 +265,3 @@ class Trainer:
                 session.learner.check_finite()
                 session.save(epoch, step)
         raise Interrupted(f"stopped after step {step} of epoch {epoch}")
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
