@@ -139,6 +139,17 @@ class _Pair:
         """The teacher's distribution. It takes the memory of its logarithm, which is gone then."""
         return self.__dict__.pop("log_p").exp_()
 
+    def through_softmax(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """w - q sum(w), for w [N, C] that may be written over, in the memory of `out`, contiguous, if there is one."""
+        log_q = self.__dict__.get("log_q")
+        if log_q is None:
+            total = weight.sum(dim=-1, keepdim=True)
+            return torch.addcmul(weight, self.q, total, value=-1.0, out=weight if out is None else out)
+        # One pass, and q need not be made for it. It would write past the strides of `out` in silence.
+        if out is None:
+            return torch._log_softmax_backward_data(weight, log_q, -1, weight.dtype)
+        return torch._log_softmax_backward_data(weight, log_q, -1, weight.dtype, out=out)
+
 
 class _LogSoftmax:
     """The parts of ln softmax(z / T) = scaled - normalizer, for z [N, C].
@@ -243,12 +254,11 @@ def _evaluate_block(
         value = _apply_factor(value, log_factor.squeeze(-1))
     if not request.needs_gradient:
         return value, None
-    q = pair.q
-    weight.addcmul_(q, weight.sum(dim=-1, keepdim=True), value=-1.0)
-    # Where q is almost 1 that difference has cancelled. What it lost is what the sum over the classes now lacks to 0,
-    # so a second time the largest class gets minus the sum of the others, and nothing else changes.
-    missing = weight.sum(dim=-1, keepdim=True)
-    gradient = torch.addcmul(weight, q, missing, value=-1.0, out=weight if out is None else out)
+    # Where q is almost 1, w - q sum(w) has cancelled. What it lost is what the sum over the classes now lacks to 0, so
+    # a second time the largest class gets minus the sum of the others, and nothing else changes.
+    if out is None and weight.is_contiguous():
+        out = weight
+    gradient = pair.through_softmax(pair.through_softmax(weight), out)
     if log_factor is not None:
         _apply_factor(gradient, log_factor - math.log(request.temperature))
     return value, gradient
@@ -273,7 +283,7 @@ def _evaluate(
     if count <= rows:
         return _evaluate_block(student_logits, teacher_logits, mask, request, dtype)
     value = student_logits.new_empty(count, dtype=dtype)
-    gradient = torch.empty_like(student_logits, dtype=dtype) if request.needs_gradient else None
+    gradient = student_logits.new_empty(shape, dtype=dtype) if request.needs_gradient else None
     rows = max(1, rows)
     for start in range(0, count, rows):
         part = slice(start, start + rows)
@@ -507,7 +517,7 @@ def _alpha_beta_kernel(alpha: float, beta: float, log_scale: float) -> _Kernel:
         return _Kernel(partial(_wide_terms, alpha=alpha, beta=beta, total=total, log_scale=log_scale), wide=True)
     scale, value_scale, weight_scale = math.exp(log_scale), 0.5, 1.0
     if total != 0.0:
-        value_scale, weight_scale = 1.0 / (total * (beta or alpha)), 1.0 / (alpha or beta)
+        value_scale, weight_scale = 1.0 / (total * (alpha or beta)), 1.0 / (alpha or beta)
     # Below 0.5 the cancellation in (w - u) / s costs digits that float32 does not have to spare.
     return _Kernel(
         partial(_ordinary_terms, alpha=alpha, beta=beta, total=total, value_scale=value_scale),
@@ -536,7 +546,7 @@ def _ordinary_terms(pair: _Pair, alpha: float, beta: float, total: float, value_
     if beta:
         u_decay.expm1_()
     # D = |w| - |u| up to the sign of d, and no class contributes less than 0.
-    value = u.mul_(u_decay).sub_(w.mul_(w_decay), alpha=quotient).abs_()
+    value = torch.addcmul(w.mul_(w_decay), u, u_decay, value=-1.0 / quotient, out=u).abs_()
     if power is not None:
         value = _near_equality(value, power.mul_(1.0 / value_scale), d, alpha, beta)
     return _Terms(value, w.copysign_(d))
