@@ -57,7 +57,7 @@ _SHARED_PARAMETERS = ("student_logits", "teacher_logits", "temperature", "mask",
 
 # Positions are worked off in blocks of about this many logits. On a CPU a block's temporaries then stay in the cache;
 # on an accelerator blocks only bound the memory, and are large so that launching kernels costs little.
-_BLOCK_CPU = 2**16
+_BLOCK_CPU = 2**17
 _BLOCK_ACCELERATOR = 2**25
 
 
