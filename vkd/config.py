@@ -201,7 +201,12 @@ class Config:
         implementation, capture the step in a CUDA graph, keep what the C library frees for the next step; null: where
         that was measured to pay (`vkd.training.switches`).
     students_at_once: how many students the fused launcher trains side by side at most; null: as many as memory holds.
-    keep_checkpoint: leave `last.ckpt` in the directory of a finished run.
+    keep_checkpoint: leave the checkpoint in the directory of a finished run.
+    checkpoint_minutes: time between checkpoints within an epoch, at whose end there is one anyway; null: none within.
+    deterministic: take algorithms that give the same bits each time, slower ones too, as far as torch has them; where
+        it has none, the run says so.
+    sync_batch_norm: of a run on several processes: BatchNorm in training takes its statistics over the whole batch, as
+        one process would; false: over each process's share.
     """
 
     study: str | None = None
@@ -228,6 +233,9 @@ class Config:
     keep_freed_memory: bool | None = None
     students_at_once: int | None = None
     keep_checkpoint: bool = True
+    checkpoint_minutes: float | None = 10.0
+    deterministic: bool = False
+    sync_batch_norm: bool = True
 
     @property
     def is_plain(self) -> bool:
@@ -576,6 +584,11 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
         config.students_at_once is None or config.students_at_once >= 1,
         f"students_at_once = {config.students_at_once}",
         "a whole number from 1, or null for as many as memory holds",
+    )
+    require(
+        config.checkpoint_minutes is None or 0 <= config.checkpoint_minutes < math.inf,
+        f"checkpoint_minutes = {config.checkpoint_minutes}",
+        "minutes, 0 for a checkpoint after every step, or null for one an epoch",
     )
     _check_recipe(config.recipe, "recipe")
     recipes = {"recipe": config.recipe}
