@@ -130,14 +130,15 @@ def read_command_line(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-def compose_jobs(flags: Sequence[str], overrides: Sequence[str]) -> int | None:
+def compose_jobs(flags: Sequence[str], overrides: Sequence[str]) -> list[tuple[list[str], Config]] | None:
     """Compose and check every job that a command line asks for, before any of them starts or writes anything.
 
     Args:
         flags, overrides: the command line, as `read_command_line` gives it. Hydra's own flags other than `-m` switch
             this look ahead off.
 
-    Returns the number of jobs; None where a sweeper other than Hydra's basic one decides it.
+    Returns the words and the config of each job, in their order; one job alone where the command is no sweep. None
+    where a sweeper other than Hydra's basic one decides about them.
 
     Raises ConfigError when any job cannot be composed or makes no sense, naming the job.
     """
@@ -150,16 +151,13 @@ def compose_jobs(flags: Sequence[str], overrides: Sequence[str]) -> int | None:
     hydra_node = compose_config(outer, with_hydra=True).hydra if flags or outer else None
     if not flags and (hydra_node is None or str(hydra_node.mode) != "RunMode.MULTIRUN"):
         _check_single(parsed)
-        _parse_job(overrides, alone=True)
-        return 1
+        return [(list(overrides), _parse_job(overrides, alone=True))]
     if not hydra_node.sweeper._target_.endswith(".BasicSweeper"):
         return None
     params = [f"{key}={value}" for key, value in (hydra_node.sweeper.params or {}).items()]
     with _errors_explained(overrides):
         (jobs,) = BasicSweeper.split_arguments(_parse_words([*params, *overrides]), None)
-    for job in jobs:
-        _parse_job(job, alone=len(jobs) == 1)
-    return len(jobs)
+    return [(list(job), _parse_job(job, alone=len(jobs) == 1)) for job in jobs]
 
 
 def _parse_words(overrides: Sequence[str]) -> list[Override]:
@@ -220,11 +218,11 @@ def _check_methods(parsed: Sequence[Override], composed: DictConfig) -> None:
             )
 
 
-def _parse_job(overrides: Sequence[str], *, alone: bool) -> None:
+def _parse_job(overrides: Sequence[str], *, alone: bool) -> Config:
     try:
         composed = compose_config(overrides)
         import_training()
-        parse(composed)
+        return parse(composed)
     except UserError as error:
         if alone:
             raise
