@@ -432,7 +432,7 @@ def test_an_impossible_job_that_nobody_saw_coming_fails_alone(folder, expected, 
     monkeypatch.chdir(folder)
     jobs = Jobs(QUIET, None)
     words = [["divergence.temperature=-1"], ["divergence=fkld"]]
-    jobs.together([(job, compose_config([*TINY, *SHORT, *job])) for job in words])
+    jobs.together([(place, job, compose_config([*TINY, *SHORT, *job])) for place, job in enumerate(words, start=1)])
     assert jobs.summary() == 1
     said = capsys.readouterr().err
     assert "1 of 2 jobs failed:\njob 1 (divergence.temperature=-1): divergence.temperature = -1" in said

@@ -288,11 +288,11 @@ def test_a_signal_ends_a_sweep_after_the_step_in_hand_and_the_same_command_goes_
     assert train(*words, "study=whole") == 0
     steps = []
 
-    def stop_in_step_20(self, *arguments):
+    def stop_in_step_20(self, *arguments, **options):
         steps.append(arguments)
         if len(steps) == 20:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *arguments)
+        return step(self, *arguments, **options)
 
     from vkd.training.learner import Learner
 

@@ -17,7 +17,7 @@ from vkd.command import STOPPED, quietly
 from vkd.errors import ConfigError, UserError, list_names, nearest
 from vkd.records.grouping import Table, build_table
 from vkd.records.published import DEFAULT, read_classification
-from vkd.records.reading import Run, read_runs
+from vkd.records.reading import Run, clean, printable, read_runs
 from vkd.records.results import write_results
 from vkd.records.terminal import print_table
 
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         config = parse(words)
         table = collect(config)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return STOPPED
@@ -132,9 +132,10 @@ def collect(config: CollectConfig) -> Table:
 def _list_studies(runs_root: str) -> str:
     """The studies below a folder of runs, as the words that would collect them."""
     root = Path(runs_root)
-    names = (
-        sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".") if root.is_dir() else []
-    )
+    try:
+        names = sorted(clean(path.name) for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    except OSError:
+        names = []
     return " or ".join(f"study={name}" for name in names[:12]) or f"train something: {root} holds no study yet"
 
 

@@ -9,12 +9,14 @@ import importlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from vkd import launched
 from vkd.config import as_typed
 from vkd.errors import ConfigError
 from vkd.records.run_directory import spoken_label
@@ -23,6 +25,9 @@ logger = logging.getLogger("vkd")
 
 STOPPED = 130
 """Exit code of a command that was asked to stop, as shells have it."""
+
+_SECONDS_TO_SPEAK = 10.0
+"""How long a process that fails early gives the first one to fail too, and to say why."""
 
 OUTPUT_CLOSED = 141
 """Exit code of a command whose output nobody reads any more, as where SIGPIPE ends it."""
@@ -62,10 +67,12 @@ class _ConsoleHandler(logging.Handler):
 def speaking() -> Iterator[Console]:
     """A console on which everything that vkd logs from level INFO up appears, for as long as the context lasts.
 
+    Of several processes that train together the first one alone speaks.
+
     Raises SystemExit at the end of it where the output was closed meanwhile, which stops the work like Ctrl-C.
     """
-    console = _Console(file=sys.stdout)
-    handler = _ConsoleHandler(console)
+    console = _Console(file=sys.stdout) if launched.is_first() else Console(quiet=True, force_terminal=False)
+    handler = _ConsoleHandler(console) if launched.is_first() else logging.NullHandler()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
@@ -76,7 +83,7 @@ def speaking() -> Iterator[Console]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
-    if console.is_closed:
+    if getattr(console, "is_closed", False):
         raise SystemExit(OUTPUT_CLOSED)
 
 
@@ -108,8 +115,28 @@ def _discard(stream: TextIO) -> None:
 
 
 def complain(error: BaseException | str) -> None:
-    """Print a message for the user to standard error."""
-    print(f"vkd: {error}", file=sys.stderr, flush=True)
+    """Print a message for the user to standard error; of several processes the first one alone."""
+    if launched.is_first():
+        print(f"vkd: {error}", file=sys.stderr, flush=True)
+
+
+def own_exit_code(code: int) -> int:
+    """The exit code of a command in one of several processes, whose launcher ends all of them when one has failed.
+
+    The first one's code counts, and its message, which it must have had the time to print. Another one gives 0 where
+    it is known that they did alike, which it is once they have been connected: one that fails by itself then ends in
+    its own way (`vkd.training.distribution`).
+    """
+    if launched.is_first() or code == 0:
+        return code
+    torch = sys.modules.get("torch")
+    connected = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
+    if connected or code == STOPPED:
+        return 0
+    time.sleep(_SECONDS_TO_SPEAK)
+    # Nobody has ended this process, so the first one is well.
+    print(f"vkd: process {os.environ.get('RANK')} of this run failed, and the first did not", file=sys.stderr)
+    return code
 
 
 def parse_words(schema: type, words: Sequence[str]) -> object:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
@@ -34,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vkd.command import import_training
 from vkd.config import OPEN_KEYS, Config, config_directory, explain_key, explain_value, parse
 from vkd.errors import ConfigError, UserError, list_names, nearest
+from vkd.recorded import FROM, RECORDED, register_recorded
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -83,12 +85,40 @@ def compose_config(overrides: Sequence[str], *, with_hydra: bool = False) -> Dic
 
     Raises ConfigError.
     """
-    parsed = _parse_words(overrides)
+    config_name, words = _choose_start(overrides)
+    return _compose(config_name, words, with_hydra=with_hydra)
+
+
+def _compose(config_name: str, words: Sequence[str], *, with_hydra: bool = False) -> DictConfig:
+    """As `compose_config`, on top of the config that Hydra knows by this name."""
+    parsed = _parse_words(words)
     _check_groups(parsed)
-    with _errors_explained(overrides), _hydra_initialized():
-        composed = compose(CONFIG_NAME, list(overrides), return_hydra_config=with_hydra)
+    with _errors_explained(words), _hydra_initialized():
+        composed = compose(config_name, list(words), return_hydra_config=with_hydra)
     _check_methods(parsed, composed)
+    if config_name == RECORDED and composed.method and composed.teacher is not None and not composed.teacher.arch:
+        raise ConfigError(
+            "from= names a run of plain training, which has no teacher, and a method was added",
+            expected="a teacher beside the method",
+            hint="pair=... or teacher.arch=...",
+        )
     return composed
+
+
+def _choose_start(overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """Hydra's name of the config that words are put on top of, and the words with `from=` as Hydra reads it.
+
+    Raises ConfigError where `from=` names no config.
+    """
+    words = list(overrides)
+    places = [place for place, word in enumerate(words) if word.startswith(FROM)]
+    if not places:
+        return CONFIG_NAME, words
+    if len(places) > 1:
+        given = " and ".join(words[place] for place in places)
+        raise ConfigError(f"{given}: a command starts from one config", expected="from= once")
+    words[places[0]] = register_recorded(words[places[0]].removeprefix(FROM))
+    return RECORDED, words
 
 
 @contextmanager
@@ -144,20 +174,21 @@ def compose_jobs(flags: Sequence[str], overrides: Sequence[str]) -> list[tuple[l
     """
     if set(flags) - {"-m", "--multirun"}:
         return None
-    parsed = _parse_words(overrides)
+    config_name, words = _choose_start(overrides)
+    parsed = _parse_words(words)
     fixed = [entry.input_line for entry in parsed if not entry.is_sweep_override()]
     # Nothing but these words and `-m` can make a command a sweep.
     outer = [word for word in fixed if re.match(r"[+~]*(experiment|hydra)\b", word)]
-    hydra_node = compose_config(outer, with_hydra=True).hydra if flags or outer else None
+    hydra_node = _compose(config_name, outer, with_hydra=True).hydra if flags or outer else None
     if not flags and (hydra_node is None or str(hydra_node.mode) != "RunMode.MULTIRUN"):
         _check_single(parsed)
-        return [(list(overrides), _parse_job(overrides, alone=True))]
+        return [(words, _parse_job(config_name, words, alone=True))]
     if not hydra_node.sweeper._target_.endswith(".BasicSweeper"):
         return None
     params = [f"{key}={value}" for key, value in (hydra_node.sweeper.params or {}).items()]
-    with _errors_explained(overrides):
-        (jobs,) = BasicSweeper.split_arguments(_parse_words([*params, *overrides]), None)
-    return [(list(job), _parse_job(job, alone=len(jobs) == 1)) for job in jobs]
+    with _errors_explained(words):
+        (jobs,) = BasicSweeper.split_arguments(_parse_words([*params, *words]), None)
+    return [(list(job), _parse_job(config_name, job, alone=len(jobs) == 1)) for job in jobs]
 
 
 def _parse_words(overrides: Sequence[str]) -> list[Override]:
@@ -218,9 +249,9 @@ def _check_methods(parsed: Sequence[Override], composed: DictConfig) -> None:
             )
 
 
-def _parse_job(overrides: Sequence[str], *, alone: bool) -> Config:
+def _parse_job(config_name: str, overrides: Sequence[str], *, alone: bool) -> Config:
     try:
-        composed = compose_config(overrides)
+        composed = _compose(config_name, overrides)
         import_training()
         return parse(composed)
     except UserError as error:
@@ -230,25 +261,35 @@ def _parse_job(overrides: Sequence[str], *, alone: bool) -> Config:
         raise ConfigError(problem, expected=error.expected, hint=error.hint) from error
 
 
-def run_hydra(flags: Sequence[str], overrides: Sequence[str], job: Callable[[DictConfig], Any]) -> None:
+def run_hydra(
+    flags: Sequence[str],
+    overrides: Sequence[str],
+    job: Callable[[DictConfig], Any],
+    *,
+    sweep_folder: Path | None = None,
+) -> None:
     """Hand the command line to Hydra, which calls `job` with each composed config.
 
     Args:
         flags, overrides: the command line, as `read_command_line` gives it.
         job: raises nothing but what ends all jobs.
+        sweep_folder: where Hydra and its launchers keep files of their own, unless the words say otherwise.
 
     Raises ConfigError for what Hydra refuses; SystemExit where Hydra printed something of its own and is done.
     """
     register_schema()
+    config_name, words = _choose_start(overrides)
     decorated = hydra.main(
-        config_path=str(config_directory()), config_name=CONFIG_NAME, version_base=_HYDRA_VERSION_BASE
+        config_path=str(config_directory()), config_name=config_name, version_base=_HYDRA_VERSION_BASE
     )(job)
     # Hydra reads sys.argv, and prints errors and exits by itself unless this variable is set.
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # Some of its switches give the root logger a handler and leave it there.
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    sys.argv = [argv[0], *flags, *overrides]
+    quoted = str(sweep_folder).replace("\\", "\\\\").replace("'", "\\'")
+    folder = [] if sweep_folder is None else [f"hydra.sweep.dir='{quoted}'"]
+    sys.argv = [argv[0], *flags, *folder, *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         with _errors_explained(overrides):

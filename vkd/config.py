@@ -689,6 +689,28 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(_canonical(identity), sort_keys=True).encode()).hexdigest()
 
 
+_OUTSIDE = (
+    "device", "runs_root", "results_root", "data_root", "tracker", "workers", "evaluation_batch_size", "compile",
+    "channels_last", "fused_optimizer", "graphs", "keep_freed_memory", "students_at_once", "keep_checkpoint",
+    "checkpoint_minutes", "deterministic",
+)  # fmt: skip
+"""Keys that decide no run's numbers, but for rounding."""
+
+
+def request_key(config: Config) -> str:
+    """A hash of what a config asks for, before any data or weights are looked at: equal requests are one run.
+
+    Unlike the fingerprint it takes a teacher's file by its name, and the study too.
+    """
+    asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in _OUTSIDE}
+    if config.teacher is not None:
+        for name in ("fold", "compile", "cache", "cache_dtype"):
+            del asked["teacher"][name]
+    for name in ("augmentation", "view_augmentation"):
+        asked["dataset"][name] = list(asked["dataset"][name].items())
+    return fingerprint(asked)
+
+
 def run_identity(
     config: Config, *, data: str, teacher: Mapping[str, Any] | None, world_size: int = 1
 ) -> dict[str, Any]:
@@ -721,4 +743,5 @@ def run_identity(
         "precision": config.precision,
         "seed": config.seed,
         "world_size": world_size,
+        **({} if world_size == 1 else {"sync_batch_norm": config.sync_batch_norm}),
     }

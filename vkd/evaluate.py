@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from omegaconf import OmegaConf
 from vkd.command import STOPPED, complain, import_training, parse_words, quietly, speaking
 from vkd.composition import compose_config
 from vkd.config import Config, parse
-from vkd.errors import ConfigError, UserError, nearest
+from vkd.errors import ConfigError, UserError, nearest, require
 from vkd.records.atomic import write_json_atomically
-from vkd.records.run_directory import RunDirectory, read_config
+from vkd.records.foreign import confined, read_foreign_config
+from vkd.records.reading import printable
+from vkd.records.run_directory import RunDirectory
 
 HELP = """\
 vkd.evaluate: accuracy, calibration, entropy and agreement of a network.
@@ -32,6 +35,7 @@ KEYS
   device=auto               cuda, mps, cpu, cuda:1, ...
   evaluation_batch_size=250
   output=null               also write the figures to this JSON file
+  fetch=false               true: with run=, download what its config names, a data set or pretrained weights
   dataset=NAME, dataset.KEY=VALUE, data_root=data, workers=2    as in vkd.train
 
 EXAMPLES
@@ -51,8 +55,11 @@ class EvaluateConfig:
     pretrained: bool = False
     split: str | None = None
     output: str | None = None
+    fetch: bool = False
 
 
+MOST_PIXELS = 2**29
+"""Of the images of a batch where a run's config says how many and how large: 250 of 1448x1448."""
 _SHARED = ("dataset", "data_root", "workers", "device", "evaluation_batch_size")
 
 
@@ -82,9 +89,7 @@ def _config(own: EvaluateConfig, shared: list[str]) -> Config:
     if own.run is None:
         values["student"]["arch"] = own.arch
         return parse(values)
-    recorded = read_config(Path(own.run))
-    if not {"dataset", "student"} <= set(recorded):
-        raise ConfigError(f"{own.run} is not the directory of a run: its config.yaml names no dataset and no student")
+    recorded = read_foreign_config(Path(own.run))
     if "dataset" not in given:
         changes = OmegaConf.from_dotlist([word for word in shared if word.startswith("dataset.")])
         recorded = OmegaConf.to_container(OmegaConf.merge(recorded, changes))
@@ -97,7 +102,15 @@ def _config(own: EvaluateConfig, shared: list[str]) -> Config:
     # runs_root/study/pair/run: a run may have been moved together with its teacher.
     above = list(Path(own.run).resolve().parents)
     values["runs_root"] = str(above[min(2, len(above) - 1)])
-    return parse(values)
+    config = parse(values)
+    side = max(config.dataset.image_size or 1, (config.teacher and config.teacher.image_size) or 1)
+    require(
+        config.evaluation_batch_size * side**2 <= MOST_PIXELS,
+        f"{own.run} asks for batches of {config.evaluation_batch_size:,} images of {side:,}x{side:,} pixels",
+        f"at most {MOST_PIXELS:,} pixels a batch",
+        "evaluation_batch_size=25",
+    )
+    return config
 
 
 def evaluate(words: Sequence[str]) -> dict[str, Any]:
@@ -110,14 +123,17 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(f"arch={own.arch} needs weights", expected="checkpoint=FILE or pretrained=true")
     if own.run is not None and (own.checkpoint or own.pretrained):
         raise ConfigError("run= brings its own weights", expected="checkpoint= and pretrained= with arch= alone")
+    if own.run is None and own.fetch:
+        raise ConfigError("fetch=true belongs to run=", expected="arch= alone: its words say what is downloaded")
     import_training()
     from vkd.training.assessment import assess
 
     config = _config(own, shared)
     checkpoint = own.checkpoint if own.run is None else RunDirectory(own.run).weights
-    report = assess(
-        config, checkpoint=checkpoint, with_teacher=own.run is not None and not config.is_plain, split=own.split
-    )
+    with_teacher = own.run is not None and not config.is_plain
+    hint = f"fetch=true, if {own.run} may decide what is downloaded"
+    with nullcontext() if own.run is None or own.fetch else confined(hint):
+        report = assess(config, checkpoint=checkpoint, with_teacher=with_teacher, split=own.split)
     if own.output is not None:
         write_json_atomically(own.output, report)
     return report
@@ -146,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             table = _table(evaluate(words))
         except (UserError, OSError) as error:
-            complain(error)
+            complain(printable(str(error)))
             return 2
         except KeyboardInterrupt:
             return STOPPED

@@ -43,8 +43,14 @@ _EXAMPLES = [
         "python -m vkd.train +experiment=cifar100/dkd teacher.checkpoint=resnet56.safetensors",
     ),
     (
-        "a named study, and its table",
-        "python -m vkd.train +experiment=quickstart\npython -m vkd.collect study=quickstart",
+        "a named study, how it stands meanwhile, and its table",
+        "python -m vkd.train +experiment=quickstart\npython -m vkd.sweep watch=true\n"
+        "python -m vkd.collect study=quickstart",
+    ),
+    (
+        "a run of somebody else once more, from its directory or its config.yaml, and with other seeds",
+        "python -m vkd.train from=theirs/kd-abkd-s1-0a1b2c3d runs_root=repeated\n"
+        "python -m vkd.train -m from=theirs/kd-abkd-s1-0a1b2c3d/config.yaml seed=1,2,3",
     ),
 ]
 
@@ -53,6 +59,7 @@ _KEYS = [
     ("study=null", "folder of the run below runs_root; null: the data set's name"),
     ("device=auto", "cuda, mps or cpu, whichever is there first; or cuda:1, cpu, ..."),
     ("precision=fp32", "fp32, bf16 or fp16"),
+    ("deterministic=false", "true: the same bits each time, also on CUDA; slower, and what cannot be is named"),
     ("teacher.checkpoint=null", "weights of the teacher, .safetensors or .pth; null: vkd trains it, once"),
     ("teacher.pretrained=false", "timm's pretrained weights"),
     ("divergence.temperature=4.0", "softens both distributions"),
@@ -76,10 +83,11 @@ def train_page() -> str:
     lines = [
         "vkd.train: knowledge distillation for vision, with forward KL, reverse KL and all between them.",
         "",
-        "    python -m vkd.train [-m] [group=choice ...] [key=value ...]",
+        "    python -m vkd.train [-m] [from=RUN] [group=choice ...] [key=value ...]",
         "",
         "One command is one run; with -m, comma-separated values make a sweep. A run that was stopped goes on",
-        "with the same command, one that is done is not done again.",
+        "with the same command, one that is done is not done again. from= takes everything from the config of a",
+        "run, by its directory or its config.yaml, but for what the other words say.",
         "",
         "GROUPS AND THEIR CHOICES",
     ]
@@ -100,6 +108,6 @@ def train_page() -> str:
         "",
         "A run leaves config.yaml, metrics.jsonl, result.json, student.safetensors, last.ckpt, status.json and",
         "train.log in runs/<study>/<teacher>-<student>/<method>-<divergence>-s<seed>-<hash>/.",
-        "See also: --help of python -m vkd.collect, vkd.evaluate and vkd.benchmark.",
+        "See also: --help of python -m vkd.sweep, vkd.collect, vkd.evaluate, vkd.benchmark.",
     ]
     return "\n".join(lines)

@@ -25,9 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with speaking() as console:
         try:
             flags, overrides = read_command_line(words)
-            planned = compose_jobs(flags, overrides)
-            jobs = Jobs(console, None if planned is None else len(planned))
-            run_hydra(flags, overrides, jobs)
+            jobs = Jobs(console, compose_jobs(flags, overrides), words)
+            run_hydra(flags, overrides, jobs, sweep_folder=jobs.folder)
             return jobs.summary()
         except UserError as error:
             complain(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import logging
 import os
 import pickle
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from toys import differences
 
 from vkd.errors import TrainingError
-from vkd.training.checkpoint import read_checkpoint, write_checkpoint
+from vkd.training.checkpoint import read_checkpoint, read_newest_checkpoint, remove_checkpoints, write_checkpoint
 
 STATE = {"weights": torch.arange(50.0), "position": [2, 3], "history": [{"epoch": 1, "val/top1": None}], "name": "kd"}
 
@@ -81,7 +82,54 @@ def test_a_rename_that_fails_keeps_the_checkpoint_before(path, monkeypatch):
         with pytest.raises(TrainingError, match="could not be written"):
             write_checkpoint(path, {"weights": torch.zeros(3)})
     assert differences(STATE, read_checkpoint(path)) == []
-    assert list(path.parent.iterdir()) == [path]
+    assert {file.name for file in path.parent.iterdir()} <= {"last.ckpt", "previous.ckpt"}
+
+
+def test_the_one_before_is_kept_and_no_other(path):
+    for number in (1, 2, 3):
+        write_checkpoint(path, {"number": number})
+    assert read_checkpoint(path) == {"number": 3}
+    assert read_checkpoint(path.with_name("previous.ckpt")) == {"number": 2}
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_it_is_kept_where_a_file_cannot_have_two_names_too(path, monkeypatch):
+    monkeypatch.setattr(Path, "hardlink_to", full)
+    write_checkpoint(path, {"number": 2})
+    assert read_checkpoint(path) == {"number": 2}
+    assert differences(STATE, read_checkpoint(path.with_name("previous.ckpt"))) == []
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-5], lambda content: b"", lambda content: b"x" + content])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_which_no_writing_loses(path, damage, caplog):
+    write_checkpoint(path, {"number": 2})
+    path.write_bytes(damage(path.read_bytes()))
+    with caplog.at_level(logging.WARNING, logger="vkd"):
+        assert differences(STATE, read_newest_checkpoint(path)) == []
+    assert "last.ckpt is damaged" in caplog.text
+    assert "going on from the checkpoint before it" in caplog.text
+    write_checkpoint(path, {"number": 3})
+    path.write_bytes(damage(path.read_bytes()))
+    assert differences(STATE, read_newest_checkpoint(path)) == []
+
+
+def test_a_kill_between_the_two_files_leaves_one_to_go_on_from(path, caplog):
+    path.rename(path.with_name("previous.ckpt"))
+    assert differences(STATE, read_newest_checkpoint(path)) == []
+    assert caplog.text == ""
+
+
+def test_without_any_that_can_be_read_there_is_one_message_and_nothing_is_removed(path):
+    write_checkpoint(path, STATE)
+    before = path.with_name("previous.ckpt")
+    for file in (path, before):
+        file.write_bytes(b"torn")
+    with pytest.raises(TrainingError, match=r"last\.ckpt is damaged"):
+        read_newest_checkpoint(path)
+    assert path.exists()
+    assert before.exists()
+    remove_checkpoints(path)
+    assert read_newest_checkpoint(path) is None
 
 
 class Trap:

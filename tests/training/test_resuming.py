@@ -98,11 +98,11 @@ def test_a_kill_between_checkpoints_replays_what_was_lost(data, tmp_path):
     parts = rig(data, checkpoint=path)
     trainer_step, taken = parts.learner.step, []
 
-    def step(*arguments):
+    def step(*arguments, **how):
         if len(taken) == 6:
             raise Killed
         taken.append(1)
-        trainer_step(*arguments)
+        trainer_step(*arguments, **how)
 
     parts.learner.step = step
     with pytest.raises(Killed):

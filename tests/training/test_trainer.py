@@ -296,8 +296,8 @@ def test_weights_broken_by_the_very_last_step_are_no_result(data, tmp_path):
     parts = rig(data, recipe(epochs=1), checkpoint=path)
     step = parts.learner.step
 
-    def breaking(images, teacher, targets, indices, progress, views):
-        step(images, teacher, targets, indices, progress, views)
+    def breaking(images, teacher, targets, indices, progress, views, **how):
+        step(images, teacher, targets, indices, progress, views, **how)
         if progress.step == 4:
             with torch.no_grad():
                 parts.learner.student.fc.bias.fill_(float("nan"))

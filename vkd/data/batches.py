@@ -104,19 +104,32 @@ class Data(ABC):
     def train_targets(self) -> Tensor:
         """Classes of the training images by their index, int64 [train_size], on the CPU; not to be written to."""
 
-    def steps_per_epoch(self, batch_size: int, drop_last: bool) -> int:
+    def steps_per_epoch(self, batch_size: int, drop_last: bool, processes: int = 1) -> int:
         """Number of batches of one epoch, at least 1.
 
-        The last, smaller batch is left out when `drop_last`, and always when it would hold one image alone, since
-        BatchNorm cannot take it.
+        The last, smaller batch is left out when `drop_last`, and always when a process would get one image of it or
+        none, since BatchNorm cannot take it.
+
+        Args:
+            batch_size: images a batch, those of all processes together.
+            drop_last: leave out the last, smaller batch.
+            processes: among how many each batch is shared out.
 
         Raises:
-            ConfigError: naming recipe.batch_size, when it is below 1 or no batch is left.
+            ConfigError: naming recipe.batch_size, when it is below 1, cannot be shared out evenly, or no batch is left.
         """
         if batch_size < 1:
             raise ConfigError(f"recipe.batch_size={batch_size}", expected="1 or more")
+        if batch_size % processes:
+            nearest = max(1, round(batch_size / processes)) * processes
+            raise ConfigError(
+                f"recipe.batch_size={batch_size} is that of all {processes} processes together, and cannot be shared "
+                "out evenly among them",
+                expected=f"a multiple of {processes}",
+                hint=f"recipe.batch_size={nearest}",
+            )
         whole, rest = divmod(self.train_size, batch_size)
-        steps = whole + (not drop_last and rest > 1)
+        steps = whole + (not drop_last and rest >= 2 * processes)
         if steps == 0:
             raise ConfigError(
                 f"recipe.batch_size={batch_size} leaves no batch of the {self.train_size} training images",
@@ -126,18 +139,28 @@ class Data(ABC):
         return steps
 
     def train_batches(
-        self, *, seed: int, epoch: int, batch_size: int, drop_last: bool, start_step: int = 0, views: int = 1
+        self,
+        *,
+        seed: int,
+        epoch: int,
+        batch_size: int,
+        drop_last: bool,
+        start_step: int = 0,
+        views: int = 1,
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[ImageBatch]:
         """The batches of one training epoch: every training image once, in random order, augmented.
 
         Order and augmentation depend on (seed, epoch) alone, not on the device, the workers or what was drawn before;
-        an image's augmentation does not depend on the batch size either. A last, smaller batch is left out when
-        `drop_last`, and always when it would hold one image alone, since BatchNorm cannot take it.
+        an image's augmentation does not depend on the batch size either. A last, smaller batch is left out as
+        `steps_per_epoch` says.
 
         Args:
             start_step: leaves out as many batches at the start, at no cost; the others are what they were.
             views: how many views of each image. The first is what one view alone would be; the others depend on
                 (seed, epoch) and their number among the views, and are drawn independently of each other.
+            part: (k, n) gives the k-th of n processes, from 0, its share of each batch: the k-th of n parts that follow
+                one another, in which the first ones have one image more where they cannot be equal.
 
         Raises:
             ValueError: when the epoch has no such step, or several views are asked of data loaded for one.
@@ -146,16 +169,25 @@ class Data(ABC):
             raise ValueError(f"views={views} is below 1")
         if views > 1 and not self.has_views:
             raise ValueError(f"views={views}, but the data were loaded for one view: load_data(..., views={views})")
-        steps = self.steps_per_epoch(batch_size, drop_last)
+        rank, processes = part
+        steps = self.steps_per_epoch(batch_size, drop_last, processes)
         if not 0 <= start_step <= steps:
             raise ValueError(f"start_step={start_step} is outside 0 .. {steps}, the steps of the epoch")
         order = torch.randperm(self.train_size, generator=generator(seed, "order", epoch))
         if start_step == steps:
             return iter(())
-        return self._train_batches(order[start_step * batch_size : steps * batch_size], batch_size, seed, epoch, views)
+        order = order[start_step * batch_size : steps * batch_size]
+        if processes > 1:
+            order = torch.cat([batch.tensor_split(processes)[rank] for batch in order.split(batch_size)])
+        return self._train_batches(order, batch_size // processes, seed, epoch, views)
 
-    def eval_batches(self, split: str, *, batch_size: int) -> Iterator[ImageBatch]:
+    def eval_batches(self, split: str, *, batch_size: int, part: tuple[int, int] = (0, 1)) -> Iterator[ImageBatch]:
         """All images of a split ("train", "val" or "test") in their own order, not augmented, none left out.
+
+        Args:
+            batch_size: images a batch.
+            part: (k, n) gives the k-th of n parts of the split, from 0, that follow one another; the first ones have
+                one image more where they cannot be equal.
 
         Raises:
             ValueError: when there is no such split, as "val" when `dataset.val_fraction` is 0.
@@ -164,12 +196,13 @@ class Data(ABC):
             raise ValueError(f"data set {self.name!r} has no split {split!r}, but {sorted(self.sizes)}")
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}", expected="1 or more")
-        return self._eval_batches(split, batch_size)
+        mine = torch.arange(self.sizes[split]).tensor_split(part[1])[part[0]]
+        return self._eval_batches(split, mine, batch_size) if len(mine) else iter(())
 
     @abstractmethod
     def _train_batches(self, order: Tensor, batch_size: int, seed: int, epoch: int, views: int) -> Iterator[ImageBatch]:
         """The augmented training images at the positions `order`, int64 [at least 1] on the CPU, in batches."""
 
     @abstractmethod
-    def _eval_batches(self, split: str, batch_size: int) -> Iterator[ImageBatch]:
-        """All images of `split`, which exists, in batches."""
+    def _eval_batches(self, split: str, order: Tensor, batch_size: int) -> Iterator[ImageBatch]:
+        """The images of `split` at the positions `order`, int64 [at least 1] on the CPU, which follow one another."""

@@ -102,9 +102,9 @@ class ResidentData(Data):
             rows = rows * augmentation.views(self.image_size) + augmentation.number(choices, self.image_size)
         return iter(rows.index_select(0, order).split(batch_size))
 
-    def _eval_batches(self, split: str, batch_size: int) -> Iterator[ImageBatch]:
-        indices = torch.arange(self.sizes[split], device=self.device)
-        tensors = (self._images[split], self._labels[split], indices)
+    def _eval_batches(self, split: str, order: Tensor, batch_size: int) -> Iterator[ImageBatch]:
+        part = slice(int(order[0]), int(order[-1]) + 1)
+        tensors = (self._images[split][part], self._labels[split][part], order.to(self.device))
         for parts in zip(*(tensor.split(batch_size) for tensor in tensors), strict=True):
             yield ImageBatch(*parts)
 

@@ -241,8 +241,8 @@ class StreamingData(Data):
     def _train_batches(self, order: Tensor, batch_size: int, seed: int, epoch: int, views: int) -> Iterator[ImageBatch]:
         return self._stream([_Request("train", indices, seed, epoch, views) for indices in order.split(batch_size)])
 
-    def _eval_batches(self, split: str, batch_size: int) -> Iterator[ImageBatch]:
-        return self._stream([_Request(split, indices) for indices in torch.arange(self.sizes[split]).split(batch_size)])
+    def _eval_batches(self, split: str, order: Tensor, batch_size: int) -> Iterator[ImageBatch]:
+        return self._stream([_Request(split, indices) for indices in order.split(batch_size)])
 
     def _stream(self, requests: list[_Request]) -> Iterator[ImageBatch]:
         """Sends the requests and yields the answers, in order. A pass within a pass gets workers of its own."""

@@ -40,6 +40,7 @@ class AttentionTransfer(Method):
 
     needs_features = True
     capturable = True
+    per_image = True
 
     def __init__(self, context: MethodContext, *, weight: float, power: float) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,10 +38,30 @@ class Combination(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Named, weighted scalar terms of all the methods."""
+        return self._named(lambda method: method(batch))
+
+    def summands(self, share: Batch, fraction: float, whole: Batch, processes: int) -> dict[str, Tensor]:
+        """One process's summand of each term: over the processes they add up to the terms of the whole batch.
+
+        Args:
+            share: this process's part of the batch.
+            fraction: how much of the batch that is, from 0 to 1.
+            whole: the batch, with the outputs of the other processes, as `Processes.gather_rows` gives them. Nothing of
+                it is looked at unless a method wants to see it.
+            processes: how many there are.
+        """
+
+        def summands_of(method: nn.Module) -> dict[str, Tensor]:
+            terms, factor = (method(share), fraction) if method.per_image else (method(whole), 1 / processes)
+            return {term: factor * value for term, value in terms.items()}
+
+        return self._named(summands_of)
+
+    def _named(self, terms_of: Callable[[nn.Module], dict[str, Tensor]]) -> dict[str, Tensor]:
         return {
             term if term == name else f"{name}/{term}": value
             for name, method in self.methods.items()
-            for term, value in method(batch).items()
+            for term, value in terms_of(method).items()
         }
 
 

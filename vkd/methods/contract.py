@@ -127,6 +127,11 @@ class Method(nn.Module, ABC):
     """Whether a step may be recorded in a CUDA graph, which repeats what the host did in one of them. It may where
     `forward` computes from the batch, from parameters and buffers alone, changes buffers in place, and neither draws,
     counts nor looks at values on the host. Of `Batch.progress` it may look at all but the step."""
+    per_image: ClassVar[bool] = False
+    """Whether each term is a mean over the images of the batch of what every image gives by itself, without draws and
+    without a state of the method's own that a batch changes (BatchNorm aside). Several processes that train one student
+    then call it on a share of the batch each. Otherwise each of them calls it on the whole batch, with a gradient to
+    the outputs of its own share: always right, at the price of doing the same work everywhere."""
     views: ClassVar[int] = 1
     """How many views of each image the method wants: `dataset.augmentation` makes the first, and
     `dataset.view_augmentation` the others, which lie in `Batch.views`."""

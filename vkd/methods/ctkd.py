@@ -45,6 +45,7 @@ class CurriculumTemperature(Method):
     cross_entropy_weight = 0.1
     uses_divergence = True
     capturable = True
+    per_image = True
     uses_temperature = False
 
     def __init__(

@@ -34,6 +34,7 @@ class DecoupledDistillation(Method):
 
     uses_divergence = True
     capturable = True
+    per_image = True
 
     def __init__(
         self,

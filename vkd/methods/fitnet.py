@@ -35,6 +35,7 @@ class FitNet(Method):
 
     needs_features = True
     capturable = True
+    per_image = True
 
     def __init__(self, context: MethodContext, *, weight: float, stage: int | None, relu: bool) -> None:
         super().__init__()

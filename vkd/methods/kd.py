@@ -24,6 +24,7 @@ class KnowledgeDistillation(Method):
     cross_entropy_weight = 0.1
     uses_divergence = True
     capturable = True
+    per_image = True
 
     def __init__(self, context: MethodContext, *, weight: float, temperature_squared: bool) -> None:
         super().__init__()

@@ -47,6 +47,7 @@ class NeuronSelectivityTransfer(Method):
 
     needs_features = True
     capturable = True
+    per_image = True
 
     def __init__(self, context: MethodContext, *, weight: float) -> None:
         super().__init__()

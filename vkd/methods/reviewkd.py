@@ -38,6 +38,7 @@ class KnowledgeReview(Method):
 
     needs_features = True
     capturable = True
+    per_image = True
 
     def __init__(self, context: MethodContext, *, weight: float, warmup_epochs: int, max_mid_channels: int) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ class TransformedTeacherMatching(Method):
     uses_divergence = True
     uses_temperature = False
     capturable = True
+    per_image = True
     name: ClassVar[str] = "ttm"
 
     def __init__(self, context: MethodContext, *, weight: float, power: float) -> None:

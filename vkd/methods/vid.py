@@ -62,6 +62,7 @@ class VariationalInformationDistillation(Method):
 
     needs_features = True
     capturable = True
+    per_image = True
 
     def __init__(self, context: MethodContext, *, weight: float, initial_variance: float) -> None:
         super().__init__()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import mmap
 import os
 import pickle
 import re
+import stat
+import zipfile
+import zlib
 from codecs import encode
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +26,7 @@ from torch import Tensor, nn
 
 from vkd.errors import ModelError
 from vkd.records.atomic import write_bytes_atomically
+from vkd.records.reading import clean
 
 _WRAPPERS = (
     "state_dict_ema",
@@ -38,6 +43,8 @@ _WRAPPERS = (
     "teacher",
 )
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "student.", "teacher.")
+_SLACK_BYTES = 64 << 20
+"""What the parts of a torch file may hold together beyond the file's own length; torch compresses no tensor."""
 _BEST_FORMAT = ".safetensors, or a torch file that holds a state dict"
 
 
@@ -52,8 +59,8 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = Path(path).expanduser()
     try:
-        with path.open("rb") as file:
-            head = file.read(9)
+        is_odd = not stat.S_ISREG(path.stat().st_mode) and not path.is_dir()  # opening a pipe would wait for ever
+        head = b"" if is_odd else _head(path)
     except FileNotFoundError as error:
         raise ModelError(
             f"there is no checkpoint {str(path)!r}",
@@ -69,6 +76,8 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ) from error
     except OSError as error:
         raise ModelError(f"checkpoint {str(path)!r} cannot be read: {error.strerror}") from error
+    if is_odd:
+        raise _damaged(path, "it is no plain file")
     if head[8:9] == b"{":
         content: Any = _read_safetensors(path)
     elif head.startswith((b"PK", b"\x80")):
@@ -76,6 +85,13 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     else:
         raise _damaged(path, "it is empty" if not head else "it is neither a safetensors nor a torch file")
     weights = strip_shared_prefixes(_find_state_dict(content, path))
+    odd = [name for name, tensor in weights.items() if not _is_plain(tensor)]
+    if odd:
+        raise ModelError(
+            f"checkpoint {str(path)!r} holds tensors that are no weights: {_some(odd)}",
+            expected="dense tensors of real numbers, with their numbers in the file",
+            hint="save model.state_dict() of the network in float32, before it is quantized or made sparse",
+        )
     if not weights:
         raise ModelError(
             f"checkpoint {str(path)!r} holds no weights",
@@ -163,14 +179,29 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
 
 def strip_shared_prefixes(weights: Mapping[str, Tensor], prefixes: Iterable[str] = _PREFIXES) -> dict[str, Tensor]:
     """`weights` without those `prefixes` that every name starts with, however many are stacked."""
-    stripped = dict(weights)
     prefixes = tuple(prefixes)
-    while stripped:
-        shared = next((prefix for prefix in prefixes if all(name.startswith(prefix) for name in stripped)), None)
-        if shared is None:
-            break
-        stripped = {name.removeprefix(shared): tensor for name, tensor in stripped.items()}
-    return stripped
+    if not weights:
+        return {}
+    first, last = min(weights), max(weights)  # what these two begin with, all between them do
+    end = 0
+    while found := next((one for one in prefixes if first.startswith(one, end) and last.startswith(one, end)), None):
+        end += len(found)
+    return {name[end:]: tensor for name, tensor in weights.items()}
+
+
+def _head(path: Path) -> bytes:
+    """The bytes that tell one format from another."""
+    with path.open("rb") as file:
+        return file.read(9)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is dense, real and on the CPU, and of a size that its numbers in the file account for."""
+    is_dense = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_complex())
+    # A few bytes, repeated by a stride of 0, can be a tensor of any size.
+    if not is_dense or tensor.device.type != "cpu":
+        return False
+    return tensor.nbytes <= max(tensor.untyped_storage().nbytes(), _SLACK_BYTES)
 
 
 def _is_counter(name: str) -> bool:
@@ -185,12 +216,14 @@ def _scalar_counter(name: str, tensor: Tensor) -> Tensor:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path, device="cpu")
-    except SafetensorError as error:
-        raise _damaged(path, str(error)) from error
+    except Exception as error:  # types of numbers that torch has not are no SafetensorError
+        reason = str(error) if isinstance(error, SafetensorError) else f"{type(error).__name__}: {error}"
+        raise _damaged(path, reason) from error
 
 
 def _read_torch(path: Path) -> Any:
     """The content of a torch file, unpickled by torch's restricted reader: tensors, plain containers and numbers."""
+    _check_size(path)
     scalar_types = [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
     make_scalar = np.float64(0).__reduce__()[0]
     names = [(make_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -209,34 +242,80 @@ def _read_torch(path: Path) -> Any:
         ) from error
 
 
+def _check_size(path: Path) -> None:
+    """Raise ModelError for a torch file that would take memory out of proportion to its length.
+
+    Parts that were compressed, or that are there several times, take it, and so does a `bytearray`: a pickle can ask for
+    one of any length, and no state dict needs one.
+    """
+    name = b"\nbytearray\n"  # as torch's reader of pickles wants it
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":  # as torch tells its two formats apart
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    has_bytearray = content.find(name) >= 0
+            else:
+                with zipfile.ZipFile(file) as archive:
+                    members = archive.infolist()
+                    size, held = path.stat().st_size, sum(member.file_size for member in members)
+                    if held > size + _SLACK_BYTES:
+                        raise _damaged(path, f"it would unpack to {held:,} bytes from {size:,}")
+                    pickles = (archive.read(member) for member in members if member.filename.endswith("data.pkl"))
+                    has_bytearray = any(name in content for content in pickles)
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(path, str(error)) from error
+    if has_bytearray:
+        raise ModelError(
+            f"checkpoint {str(path)!r} holds more than weights: reading it would make a bytearray, which is refused",
+            expected="a state dict of tensors, beside plain numbers and text",
+            hint="where you trust the file, save model.state_dict() again: safetensors.torch.save_file or torch.save",
+        )
+
+
 def _is_refusal(error: Exception) -> bool:
     return isinstance(error, pickle.UnpicklingError) and "truncated" not in str(error)
 
 
 def _damaged(path: Path, why: str) -> ModelError:
     return ModelError(
-        f"checkpoint {str(path)!r} is damaged or no checkpoint: {why}",
+        f"checkpoint {str(path)!r} is damaged or no checkpoint: {clean(why)}",
         expected=f"a {_BEST_FORMAT}",
         hint="copy or download the file again, and compare its size with the original's",
     )
 
 
-def _find_state_dict(content: Any, path: Path, depth: int = 4) -> dict[str, Tensor]:
-    """The tensors by name in `content`, or in what it wraps."""
+def _find_state_dict(
+    content: Any, path: Path, depth: int = 4, known: dict[int, dict[str, Tensor]] | None = None
+) -> dict[str, Tensor]:
+    """The tensors by name in `content`, or in what it wraps.
+
+    Args:
+        content: what a file holds.
+        path: of the file, for the message.
+        depth: how many wrappers may lie round them.
+        known: what was found by the id of what it was found in: a wrapper may lie in several others, even in itself.
+    """
+    known = {} if known is None else known
+    if not isinstance(content, Mapping):
+        return {}
+    if id(content) in known:
+        return known[id(content)]
+    known[id(content)] = {}
     found: dict[str, dict[str, Tensor]] = {}
-    tensors: dict[str, Tensor] = {}
-    if isinstance(content, Mapping):
-        if depth:
-            wrapped = {name: content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)}
-            found = {name: inner for name in wrapped if (inner := _find_state_dict(wrapped[name], path, depth - 1))}
-        tensors = {name: value.detach() for name, value in content.items() if isinstance(value, Tensor)}
+    if depth:
+        wrapped = {name: content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)}
+        found = {name: inner for name in wrapped if (inner := _find_state_dict(wrapped[name], path, depth - 1, known))}
     if set(found) == {"student", "teacher"}:
         raise ModelError(
             f"checkpoint {str(path)!r} holds the weights of a student and of a teacher",
             expected="the weights of one network",
             hint="torch.save(torch.load(path)['student'], 'student.pth')",
         )
-    return next(iter(found.values()), tensors)
+    tensors = {
+        name: value.detach() for name, value in content.items() if isinstance(value, Tensor) and isinstance(name, str)
+    }
+    known[id(content)] = next(iter(found.values()), tensors)
+    return known[id(content)]
 
 
 def _check_ends(
@@ -272,7 +351,9 @@ def _names(value: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+    return ", ".join(clean(name) for name in names[:most]) + (
+        f", ... ({len(names)} in all)" if len(names) > most else ""
+    )
 
 
 def _fitting_archs(weights: Mapping[str, Tensor]) -> list[str]:

@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 
-def write_bytes_atomically(path: str | Path, data: bytes) -> None:
+def write_bytes_atomically(path: str | Path, data: bytes, *, previous: Path | None = None) -> None:
     """Make `data` the whole content of the file at `path`. On failure the old file stays and no temporary one is left.
 
     The temporary file's name begins with a dot, as everything does that a reader of runs skips.
+
+    Args:
+        path: of the file.
+        data: its content.
+        previous: where the file that was there is kept, in the same folder; None: it is gone.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.tmp")
@@ -26,10 +31,21 @@ def write_bytes_atomically(path: str | Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            _keep(path, previous)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Let `previous` be what `path` is, which stays where it is as long as the file system can have it twice."""
+    previous.unlink(missing_ok=True)
+    try:
+        previous.hardlink_to(path)
+    except OSError:
+        path.replace(previous)
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:

@@ -30,6 +30,8 @@ from vkd.records.reading import Run, clean
 from vkd.records.statistics import Difference, Summary, compare, summarise
 
 _UNSAID = "(not said)"
+MOST_IN_VARIANT = 12
+"""Settings that a row's name states; a damaged or strange run can differ from the others in thousands."""
 SELECTION = "val/top1"
 _HASH = re.compile(r"[0-9a-f]{40,64}")
 _FREE = ("method.", "divergence.", "cross_entropy_weight")  # what may differ between a row and its baseline
@@ -292,15 +294,19 @@ def _key(run: Run) -> Key:
 def _group(runs: list[Run]) -> tuple[list[Group], list[Hole], list[str]]:
     """Groups of the runs, the holes that fit none, and remarks on runs that are there twice."""
     real: dict[tuple, Group] = {}
-    seen: dict[str, str] = {}
+    seen: dict[str, Run] = {}
     remarks, unplaced = [], []
     for run in runs:
         if not run.done:
             continue
         if run.fingerprint in seen:
-            remarks.append(f"`{run.path}` is the same run as `{seen[run.fingerprint]}` and is counted once")
+            first = seen[run.fingerprint]
+            if run.metrics == first.metrics:
+                remarks.append(f"`{run.path}` is the same run as `{first.path}` and is counted once")
+            else:
+                remarks.append(f"`{run.path}` has the fingerprint of `{first.path}`, other figures, and is not counted")
             continue
-        seen[run.fingerprint] = run.path
+        seen[run.fingerprint] = run
         key, place = _key(run), Column(run.dataset, run.teacher, run.student)
         group = Group(key, place, run.parameters, run.group)
         group = real.setdefault((run.group, key, place, group.set_parameters), group)
@@ -368,7 +374,9 @@ def _rows(columns: list[Column], members: dict[Column, list[Group]]) -> list[Row
                 values = tuple(_setting(group, name) for name in names)
                 split.setdefault(values, [Cell() for _ in columns])[index].group = group
         for values in sorted(split, key=_order):
-            words = (f"{name}={show(value)}" for name, value in zip(names, values, strict=True) if value is not _UNSAID)
+            words = [f"{name}={show(value)}" for name, value in zip(names, values, strict=True) if value is not _UNSAID]
+            if len(words) > MOST_IN_VARIANT:
+                words[MOST_IN_VARIANT:] = [f"and {len(words) - MOST_IN_VARIANT:,} further settings"]
             rows.append(Row(key, ", ".join(words), split[values]))
     return rows
 

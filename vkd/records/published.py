@@ -129,6 +129,8 @@ def read_published(path: str | Path) -> list[Figure]:
 def _read_file(path: Path) -> list[Figure]:
     """The figures of one CSV file. Raises UserError."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise UserError(f"{path} is no plain file", expected="a CSV file")
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, strict=True)
             header = [name.strip() for name in next(lines, [])]
@@ -171,6 +173,11 @@ def _figure(kind: type[Figure], where: str, header: list[str], line: list[str]) 
         text = clean(cell, csv.field_size_limit()) if name in ("settings", "recipe") else clean(cell)
         if not text and name in required:
             raise UserError(f"{where}: {name} is empty", expected="a value: a figure without it cannot be placed")
+        if text[:1] in _FORMULA and name not in _READERS:
+            raise UserError(
+                f"{where}: {name} = {clean(text, 60)!r} would be a formula in a spreadsheet",
+                expected=f"text that does not begin with {' '.join(_FORMULA)}",
+            )
         if text:
             read, expected = _READERS.get(name, (str, ""))
             try:
@@ -311,6 +318,7 @@ _OPEN = (*_OPEN_RECIPE, *_OPEN_DATASET)
 _LOSS_KEYS = frozenset({"cross_entropy_weight"}) | {
     f"divergence.{name}" for name in ("name", "temperature", "alpha", "beta", "match_kl_scale", "skew")
 }
+_FORMULA = ("=", "+", "-", "@")
 _METHOD_KEY = re.compile(r"method\.\w+\.\w+")
 _PAIRS = "key=value pairs with spaces between, each key once, such as "
 _PERCENT = (_percent, "percent, from 0 to 100")

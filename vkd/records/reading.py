@@ -2,7 +2,8 @@
 
 `read_runs` walks a folder and yields a `Run` for each run directory, finished or not. A run that failed, that was cut
 off or whose files are damaged is yielded as well, with its reason, so that a table can show the hole. Nothing in a run
-directory is executed, unpickled or trusted to be small.
+directory is executed, unpickled or trusted to be small, and no name in it is trusted to be one: a result is of use only
+where its names are plain words and its figures could be measured. A link to a folder is looked at, and never walked.
 """
 
 from __future__ import annotations
@@ -22,11 +23,20 @@ import yaml
 
 MARKERS = frozenset({"config.yaml", "result.json", "status.json"})
 MOST_BYTES = 4 * 2**20
+MOST_CONFIG_BYTES = 2**18
+"""Of a `config.yaml`: YAML takes fifty times longer to read than JSON does."""
 MOST_VALUES = 50_000
 MOST_LEVELS = 24
+MOST_DIGITS = 1_000
+"""Of a number: Python takes the square of their number of steps to read them."""
+LARGEST_FIGURE = 1e40
+"""No loss in float32 is beyond it, and the squares that a spread adds up are still finite."""
 FORMAT = 1
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]+")
+_PLAIN_NAME = re.compile(r"\w[\w.+-]{0,199}")  # of a data set, network, method or divergence: nothing reads it as code
+_KEY = re.compile(r"\w[\w./+-]{0,199}")
+_PERCENT = re.compile(r"(.*/)?(top\d+|agreement)(_.*)?")
+_DOLLAR = re.compile(r"(?<!\\)\$")
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 _NOT_PARAMETERS = frozenset({"format", "fingerprint", "group", "study", "seed", "metrics", "timing", "environment"})
 _NEUTRAL = frozenset({"root", "device", "workers", "compile", "graphs", "folding", "cache", "caches", "launcher"})
@@ -34,7 +44,7 @@ _NEUTRAL |= {"memory_layout", "memory_format", "channels_last", "fold", "cache_d
 _NEUTRAL |= {"students_at_once", "keep_freed_memory"}
 _IN_CONFIG = frozenset({"dataset", "teacher", "student", "method", "divergence", "recipe"})
 _IN_CONFIG |= {"cross_entropy_weight", "precision", "world_size"}
-_RUN_NAME = re.compile(r".*-s-?\d+-[0-9a-f]{8}")
+_RUN_NAME = re.compile(r".*-s(-?\d+)-([0-9a-f]{8})")
 
 
 class Damaged(Exception):
@@ -68,8 +78,20 @@ class Run:
 
     @property
     def identified(self) -> bool:
-        """Whether the content says which data set, student, method and seed this run belongs to."""
-        return bool(self.dataset and self.student and self.seed is not None and isinstance(self._method, dict))
+        """Whether the content says, in plain names, which data set, student, method and seed this run belongs to."""
+        names = bool(self.dataset and self.student and self.seed is not None and isinstance(self._method, dict))
+        return names and not self.odd_name
+
+    @property
+    def odd_name(self) -> str:
+        """The first of the names of data set, networks, method and divergence that is no plain word, with its key."""
+        sections = [("dataset", "name"), ("student", "arch"), ("teacher", "arch"), ("divergence", "name")]
+        named = [(".".join(keys), _get(self.content, *keys)) for keys in sections]
+        named += [("method", name) for name in (self._method if isinstance(self._method, dict) else ())]
+        for key, name in named:
+            if name is not None and not (isinstance(name, str) and _PLAIN_NAME.fullmatch(name)):
+                return f"{key} {clean(repr(name), 60)}"
+        return ""
 
     @property
     def fingerprint(self) -> str:
@@ -99,8 +121,9 @@ class Run:
     @property
     def seed(self) -> int | None:
         """Seed of the student; None where it is not an integer."""
-        value = number(self.content.get("seed"))
-        return int(value) if value is not None and value.is_integer() else None
+        seed = self.content.get("seed")
+        value = number(seed)
+        return int(seed) if value is not None and value.is_integer() else None
 
     @property
     def _method(self) -> Any:
@@ -184,11 +207,14 @@ def read_runs(root: str | Path, relative_to: str | Path | None = None) -> Iterat
     """Yield the runs below `root` in the order of their paths, one at a time.
 
     A run directory is one that holds `config.yaml`, `result.json` or `status.json`, or one at least two
-    levels below `root` with nothing but the name of a run directory. Names that begin with a dot are skipped.
+    levels below `root` with nothing but the name of a run directory. A link to one counts. What may hide runs (a folder
+    that cannot be read, a link to a folder that is no run, a file with the name of a run) is yielded as damaged. Names
+    that begin with a dot are skipped.
     """
     base = str(relative_to if relative_to is not None else root)
-    for path in _run_directories(str(root), level=0):
-        yield read_run(path, name=os.path.relpath(path, base).replace(os.sep, "/"))
+    for path, fault in _run_directories(str(root), level=0):
+        name = os.path.relpath(path, base).replace(os.sep, "/")
+        yield Run(clean(name), "damaged", fault) if fault else read_run(path, name=name)
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:
@@ -200,17 +226,29 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         status = _read_json(folder, "status.json")
         result = _read_json(folder, "result.json")
         state, reason = _judge(status, result)
+        if state == "done":
+            _check_place(folder, result)
     except Damaged as error:
         result, state, reason = None, "damaged", str(error)
     if state == "done":
         return Run(name, state, reason, result)
     try:
-        config = _read_yaml(folder, "config.yaml") or {}
+        config = read_config(folder) or {}
         if not config:
             reason = f"{reason}; no config.yaml" if reason else "no config.yaml"
     except Damaged as error:
         reason = f"{reason}; {error}" if reason else str(error)
     return Run(name, state, reason, config)
+
+
+def read_config(path: str | Path) -> dict[str, Any] | None:
+    """The `config.yaml` in the directory `path`, as plain data; None where there is none.
+
+    Nothing in it is constructed, called or resolved: `_target_` and `${...}` are text like any other.
+
+    Raises Damaged.
+    """
+    return _read_yaml(str(path), "config.yaml")
 
 
 def number(value: Any) -> float | None:
@@ -225,27 +263,66 @@ def number(value: Any) -> float | None:
 
 
 def clean(text: str, most: int = 300) -> str:
-    """`text` as one line without control characters, cut after `most`: fit for a terminal and a table."""
-    text = " ".join(_CONTROL.sub(" ", text).split())
+    """`text` as one line that is text wherever it is shown, cut after `most`.
+
+    Nothing in it steers a terminal, changes the direction of writing, ends a code span or makes a link in Markdown, or
+    is a formula to a plot: whatever cannot be printed is a space, a half of a surrogate pair its number, a backtick an
+    apostrophe, a dollar sign has a backslash.
+    """
+    text = text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+    if not text.isprintable():
+        text = "".join(sign if sign.isprintable() else " " for sign in text)
+    text = " ".join(text.replace("`", "'").replace("](", "] (").split())
+    text = _DOLLAR.sub(r"\\$", text)
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def _run_directories(folder: str, level: int) -> Iterator[str]:
-    """The run directories at or below `folder`, which lies `level` levels below the root."""
+def printable(text: str) -> str:
+    """A message of several lines that cannot steer the terminal it is shown on: such characters stand as escapes."""
+    return "".join(
+        sign if sign == "\n" or sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text
+    )
+
+
+def _run_directories(folder: str, level: int) -> Iterator[tuple[str, str]]:
+    """The run directories at or below `folder`, which lies `level` levels below the root, and what may hide some.
+
+    Each with what is wrong; empty for a run directory.
+    """
     try:
         with os.scandir(folder) as entries:
             entries = sorted(entries, key=lambda entry: entry.name)
-    except OSError:
-        entries = []
-    if level and any(entry.name in MARKERS for entry in entries):
-        yield folder
+    except (FileNotFoundError, NotADirectoryError):
         return
-    below = [entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
-    if level >= 2 and not below and _RUN_NAME.fullmatch(Path(folder).name):
-        yield folder
-    elif level < 4:
-        for path in below:
-            yield from _run_directories(path, level + 1)
+    except OSError as error:
+        yield folder, f"the folder cannot be read: {error.strerror}"
+        return
+    if level and any(entry.name in MARKERS for entry in entries):
+        yield folder, ""
+        return
+    is_empty = True
+    for entry in entries:
+        if not entry.name.startswith("."):
+            for found in _runs_of(entry, level + 1):
+                is_empty = False
+                yield found
+    if is_empty and level >= 2 and _RUN_NAME.fullmatch(Path(folder).name):
+        yield folder, ""
+
+
+def _runs_of(entry: os.DirEntry[str], level: int) -> Iterator[tuple[str, str]]:
+    """What `_run_directories` yields of one entry of a folder, which lies `level` levels below the root."""
+    if entry.is_dir(follow_symlinks=False):
+        if level <= 4:
+            yield from _run_directories(entry.path, level)
+    elif entry.is_symlink() and not Path(entry.path).is_file():
+        # Walked, it could lead to the whole disk, or back here.
+        if any(Path(entry.path, name).exists() for name in MARKERS):
+            yield entry.path, ""
+        else:
+            yield entry.path, "a link to a folder that is no run, and such links are not followed"
+    elif _RUN_NAME.fullmatch(entry.name):
+        yield entry.path, "a file in place of a run's directory"
 
 
 def _judge(status: dict[str, Any] | None, result: dict[str, Any] | None) -> tuple[str, str]:
@@ -278,24 +355,58 @@ def _check_result(result: dict[str, Any]) -> None:
             raise Damaged(f"result.json lacks {name}")
     if not isinstance(result.get("metrics"), dict):
         raise Damaged("result.json lacks metrics")
-    if not Run("", "done", "", result).identified:
+    run = Run("", "done", "", result)
+    if run.odd_name:
+        raise Damaged(f"result.json has {run.odd_name}, which is no plain name")
+    if not run.identified:
         raise Damaged("result.json lacks one of dataset.name, student.arch, method and a whole-numbered seed")
+    for name, pattern, kind in [
+        *((result[name], _PLAIN_NAME, name) for name in ("fingerprint", "group")),
+        *((name, _KEY, "the metric") for name in result["metrics"]),
+        *((name, _PLAIN_NAME, "the key") for name in result),
+    ]:
+        if not pattern.fullmatch(name):
+            raise Damaged(f"result.json has {kind} {clean(repr(name), 60)}, which is no plain name")
+    for name, value in result["metrics"].items():
+        _check_figure(f"metrics.{name}", value, is_percent=bool(_PERCENT.fullmatch(name)))
+    for split in ("val", "test"):
+        _check_figure(f"teacher.accuracy.{split}", _get(result, "teacher", "accuracy", split), is_percent=True)
 
 
-def _read_bytes(folder: str, name: str) -> bytes | None:
+def _check_figure(name: str, value: Any, *, is_percent: bool) -> None:
+    """Raise Damaged where the figure `name` of a result is neither null nor a number that can have been measured."""
+    if value is None:
+        return
+    found = number(value)
+    if found is None:
+        raise Damaged(f"result.json has {name} = {clean(repr(value), 40)}, which is no finite number")
+    if abs(found) > LARGEST_FIGURE or (is_percent and not 0 <= found <= 100):
+        raise Damaged(f"result.json has {name} = {found:g}, which {'is no percentage' if is_percent else 'is none'}")
+
+
+def _check_place(folder: str, result: dict[str, Any]) -> None:
+    """Raise Damaged where a result lies in a directory that is named for another run."""
+    named = _RUN_NAME.fullmatch(Path(folder).absolute().name)
+    run = Run("", "done", "", result)
+    if named and (int(named[1]) != run.seed or not run.fingerprint.startswith(named[2])):
+        found = f"seed {clean(str(run.seed), 24)} and the fingerprint {run.fingerprint[:8]}"
+        raise Damaged(f"result.json is of another run than its directory's name says: it has {found}")
+
+
+def _read_bytes(folder: str, name: str, most: int = MOST_BYTES) -> bytes | None:
     """Content of a plain file of reasonable size; None where there is none. Raises Damaged."""
     path = Path(folder, name)
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
             raise Damaged(f"{name} is no plain file")
         with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+            data = file.read(most + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise Damaged(f"{name} cannot be read: {error.strerror}") from None
-    if len(data) > MOST_BYTES:
-        raise Damaged(f"{name} is larger than {MOST_BYTES // 2**20} MiB")
+    if len(data) > most:
+        raise Damaged(f"{name} is larger than {f'{most // 2**20} MiB' if most >= 2**20 else f'{most // 2**10} KiB'}")
     return data
 
 
@@ -305,28 +416,82 @@ def _read_json(folder: str, name: str) -> dict[str, Any] | None:
     if data is None:
         return None
     try:
-        content = json.loads(data)
+        content = json.loads(
+            data, object_pairs_hook=_without_twins, parse_int=_whole, parse_float=_finite, parse_constant=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{name} is not whole JSON: {clean(str(error), 120)}") from None
     return _bounded(name, content)
 
 
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of JSON with these entries. Raises ValueError for a key that is there twice: readers differ on it."""
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"the key {clean(name, 60)!r} is there twice")
+        content[name] = value
+    return content
+
+
+def _whole(text: str) -> int:
+    """An integer of JSON. Raises ValueError where it is endless."""
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    """A number of JSON. Raises ValueError for NaN and infinity, which JSON has not and vkd never writes."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{clean(text, 20)} is no number of JSON")
+    return value
+
+
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """YAML's safe loader without merge keys, with which a small file can ask for any amount of memory."""
+    """YAML's safe loader for what a config is written in: text, numbers, true, false, null, lists and mappings.
+
+    It has no merge keys, with which a small file can ask for any amount of memory, no numbers of any length, with which
+    it can ask for any amount of time, no other types, and no key twice.
+    """
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         """Leave `<<` alone; the loader then refuses it as an unknown tag."""
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node. Raises ConstructorError for a key that is there twice."""
+        content = super().construct_mapping(node, deep=deep)
+        if len(content) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key is there twice", node.start_mark)
+        return content
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        """The number of a node. Raises ConstructorError where it is endless."""
+        if len(node.value) > MOST_DIGITS // 10:  # in base 60, each digit takes two signs and is a product
+            raise yaml.constructor.ConstructorError(None, None, "a number of too many digits", node.start_mark)
+        is_whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+for _kind in ("binary", "omap", "pairs", "set"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", yaml.SafeLoader.construct_undefined)
+
+_YAML_FAULTS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What YAML's loader raises: its constructors do not expect `!!int ""`, `!!bool x` and the like."""
+
 
 def _read_yaml(folder: str, name: str) -> dict[str, Any] | None:
     """The YAML mapping in a file; None where there is no file. Raises Damaged; constructs nothing but plain data."""
-    data = _read_bytes(folder, name)
+    data = _read_bytes(folder, name, MOST_CONFIG_BYTES)
     if data is None:
         return None
     try:
         content = yaml.load(data, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise Damaged(f"{name} is not plain YAML: {clean(str(error), 120)}") from None
+    except _YAML_FAULTS as error:
+        raise Damaged(f"{name} is not plain YAML: {clean(str(error) or type(error).__name__, 120)}") from None
     return _bounded(name, content)
 
 

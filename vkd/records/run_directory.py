@@ -21,7 +21,7 @@ import yaml
 from vkd.errors import ConfigError, UserError
 from vkd.records.atomic import write_json_atomically, write_text_atomically
 
-RUNNING, INTERRUPTED, DONE, FAILED = "running", "interrupted", "done", "failed"
+WAITING, RUNNING, INTERRUPTED, DONE, FAILED = "waiting", "running", "interrupted", "done", "failed"
 
 logger = logging.getLogger("vkd")
 
@@ -170,6 +170,9 @@ class RunDirectory:
             logger.info("waiting for another process that is at work in %s", self.path)
             lock.acquire()
         try:
+            # What a kill left of a file that was being written; nobody else writes here now.
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
             yield
         finally:
             lock.release()

@@ -13,12 +13,12 @@ import filelock
 
 from vkd.errors import ConfigError, nearest
 from vkd.records.atomic import write_json_atomically
+from vkd.records.run_directory import DONE, FAILED, INTERRUPTED, RUNNING, WAITING
 
 FILE_NAME = "sweep.json"
 FOLDER = ".sweeps"
 """Below the runs root, where the folders of sweeps are."""
 
-WAITING, RUNNING, INTERRUPTED, DONE, FAILED = "waiting", "running", "interrupted", "done", "failed"
 STATES = (WAITING, RUNNING, INTERRUPTED, DONE, FAILED)
 
 
@@ -27,6 +27,7 @@ class Job:
     """One job of a sweep.
 
     number: from 1, in the order of the command.
+    key: what it is asked to do, as a hash; the same for the same job of another command.
     overrides: its words.
     state: waiting, running, interrupted, done or failed.
     directory: of its run, as the sweep's working directory has it; None until it is known.
@@ -36,6 +37,7 @@ class Job:
     """
 
     number: int
+    key: str
     overrides: list[str]
     state: str = WAITING
     directory: str | None = None
@@ -78,9 +80,9 @@ class SweepIndex:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
-            known = {tuple(job.overrides): job for job in self._read_jobs()}
+            known = {job.key: job for job in self._read_jobs()}
             for job in sweep.jobs:
-                before = known.get(tuple(job.overrides))
+                before = known.get(job.key)
                 if before is not None:
                     job.directory = before.directory
                     job.state = DONE if before.state == DONE else WAITING

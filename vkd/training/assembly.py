@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from vkd import launched
 from vkd.config import Config, fingerprint
 from vkd.data import Data, Normalization, load_data
 from vkd.divergences import make_divergence
+from vkd.errors import ConfigError
 from vkd.methods import METHODS, Combination, MethodContext, make_method
 from vkd.models import Intermediates, create_model
 from vkd.randomness import derive_seed, generator
 from vkd.training.allocator import keep_freed_memory
+from vkd.training.batch_norm import synchronized
 from vkd.training.display import Silent
+from vkd.training.distribution import ONE, Processes, join
 from vkd.training.environment import choose_device
 from vkd.training.learner import Learner
 from vkd.training.measurement import Evaluator
@@ -28,6 +33,8 @@ from vkd.training.switches import Switches, choose_switches
 from vkd.training.teacher import Teacher, freeze, open_teacher, teacher_normalization
 from vkd.training.teacher_views import TeacherViews, require_discrete
 from vkd.training.trainer import Display, Trainer
+
+logger = logging.getLogger("vkd")
 
 VIEWS_FOLDER = ".teacher_views"
 """Below the runs root, where the teachers' logits are kept."""
@@ -80,6 +87,7 @@ class OpenedTeacher:
         layout: torch.memory_format = torch.contiguous_format,
         *,
         measure: bool = True,
+        processes: Processes = ONE,
     ) -> Teacher:
         """The teacher, measured on `val` and `test`; see `vkd.training.teacher.freeze`."""
         return freeze(
@@ -92,6 +100,7 @@ class OpenedTeacher:
             device=device,
             layout=layout,
             measure=measure,
+            processes=processes,
         )
 
 
@@ -107,12 +116,14 @@ class Setting:
     data, device: what they are trained on.
     switches: of speed; None until a student is there to decide them by (`decide`).
     teacher: None in plain training, and until it is made.
+    processes: those that train together.
     """
 
     data: Data
     device: torch.device
     switches: Switches | None = None
     teacher: Teacher | None = None
+    processes: Processes = ONE
 
     def decide(self, config: Config, student: nn.Module) -> None:
         """Choose the switches for students like this one, and throw those of the whole process.
@@ -120,6 +131,9 @@ class Setting:
         Raises ConfigError for an impossible one.
         """
         self.switches = choose_switches(config, self.device, student)
+        if self.processes.several and self.switches.graphs:
+            logger.info("graphs=true: no steps are captured where several processes add up their gradients")
+            self.switches = dataclasses.replace(self.switches, graphs=False)
         if self.switches.keep_freed_memory:
             keep_freed_memory()
 
@@ -140,9 +154,22 @@ def needs_features(config: Config) -> bool:
 
 
 def open_setting(config: Config, workplace: Workplace, views: int) -> Setting:
-    """Data and device of a config; switches and teacher come later."""
-    device = choose_device(config.device)
-    return Setting(workplace.data(config, device, views), device)
+    """Processes, device and data of a config; switches and teacher come later.
+
+    Raises UserError where they are not there, or do not fit each other.
+    """
+    processes = join()
+    processes.require_all()
+    device = choose_device(config.device, processes)
+    if processes.several and device.type == "cuda":
+        torch.cuda.set_device(device)
+    if config.teacher is not None and config.teacher.cache == "views" and not launched.is_on_one_machine():
+        raise ConfigError(
+            "teacher.cache=views keeps the teacher's logits in a folder of one machine, and this run has several",
+            expected="processes on one machine, or a teacher that is asked anew",
+            hint="teacher.cache=none",
+        )
+    return Setting(workplace.data(config, device, views), device, processes=processes)
 
 
 def make_student(config: Config, data: Data) -> nn.Module:
@@ -157,9 +184,12 @@ def make_student(config: Config, data: Data) -> nn.Module:
 
 
 def make_methods(
-    config: Config, data: Data, student: nn.Module, teacher: nn.Module | None
+    config: Config, data: Data, student: nn.Module, teacher: nn.Module | None, world_size: int = 1
 ) -> tuple[Combination, Intermediates | None]:
     """How the student is taught, and what gives its features where that needs them.
+
+    Args:
+        world_size: number of processes that train together.
 
     Raises UserError where the method cannot serve this pair.
     """
@@ -177,7 +207,7 @@ def make_methods(
         num_classes=data.num_classes,
         train_size=data.train_size,
         epochs=config.recipe.epochs,
-        steps_per_epoch=data.steps_per_epoch(config.recipe.batch_size, config.recipe.drop_last),
+        steps_per_epoch=data.steps_per_epoch(config.recipe.batch_size, config.recipe.drop_last, world_size),
         student=student,
         teacher=teacher,
         image_shape=image_shape,
@@ -204,13 +234,14 @@ def make_teacher(
         identity: what the fingerprint takes of it.
         measure: whether its accuracy is wanted.
     """
-    data, switches = setting.data, setting.switches
+    data, switches, processes = setting.data, setting.switches, setting.processes
     features = needs_features(config)
 
     def make() -> Teacher:
-        teacher = opened.freeze(config, data, setting.device, switches.layout, measure=measure)
-        images = next(iter(data.eval_batches("test", batch_size=min(16, config.recipe.batch_size)))).images
-        teacher = teacher.made_fast(switches, images, batch_size=config.recipe.batch_size, needs_features=features)
+        teacher = opened.freeze(config, data, setting.device, switches.layout, measure=measure, processes=processes)
+        batch_size = max(processes.sizes(config.recipe.batch_size))
+        images = next(iter(data.eval_batches("test", batch_size=min(16, batch_size)))).images
+        teacher = teacher.made_fast(switches, images, batch_size=batch_size, needs_features=features)
         if switches.cache == "views":
             teacher.views = _open_views(config, setting, teacher)
         return teacher
@@ -267,21 +298,32 @@ def _open_views(config: Config, setting: Setting, teacher: Teacher) -> TeacherVi
 
 def make_learner(config: Config, setting: Setting, student: nn.Module) -> Learner:
     """The student in training, on its device. Raises UserError where the method cannot serve the pair."""
-    student = student.to(setting.device, memory_format=setting.switches.layout)
-    teacher = setting.teacher
-    method, intermediates = make_methods(config, setting.data, student, None if teacher is None else teacher.model)
+    device, processes, teacher = setting.device, setting.processes, setting.teacher
+    student = student.to(device, memory_format=setting.switches.layout)
+    over_all = processes.several and config.sync_batch_norm
+    if over_all:
+        student = synchronized(student, processes, device)
+    method, intermediates = make_methods(
+        config, setting.data, student, None if teacher is None else teacher.model, processes.world_size
+    )
+    method = method.to(device)
+    if over_all:
+        for name, entry in method.methods.items():
+            if entry.per_image:  # the others see the whole batch anyway
+                method.methods[name] = synchronized(entry, processes, device)
     return Learner(
         student,
-        method.to(setting.device),
+        method,
         config.recipe,
         precision=Precision(config.precision, setting.device),
         cross_entropy_weight=config.cross_entropy_weight,
         seed=config.seed,
-        device=setting.device,
+        device=device,
         intermediates=intermediates,
         compile=setting.switches.compile_student,
         fused_optimizer=setting.switches.fused_optimizer,
         capturable_optimizer=setting.switches.graphs,
+        processes=processes,
     )
 
 
@@ -293,6 +335,7 @@ def make_session(config: Config, setting: Setting, learner: Learner, **options: 
         teacher_logits={} if setting.teacher is None else setting.teacher.logits,
         batch_size=config.evaluation_batch_size,
         device=setting.device,
+        processes=setting.processes,
     )
     return Session(learner, evaluator, **options)
 
@@ -319,6 +362,8 @@ def make_trainer(
         should_stop=should_stop,
         switches=setting.switches,
         on_failure=on_failure,
+        checkpoint_seconds=None if config.checkpoint_minutes is None else 60 * config.checkpoint_minutes,
+        processes=setting.processes,
     )
 
 

@@ -1,9 +1,13 @@
-"""`last.ckpt`: everything that going on exactly needs, in one file that is either whole or not there."""
+"""`last.ckpt`: everything that going on exactly needs, in one file that is either whole or not there.
+
+The one before it is kept as `previous.ckpt`, for the case that a disk or a copy damages the last one.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,20 @@ import torch
 from vkd.errors import TrainingError
 from vkd.records.atomic import write_bytes_atomically
 
+logger = logging.getLogger("vkd")
+
 _MARK = b"vkd-checkpoint-1"
 _TRAILER = len(_MARK) + 32
 
 
+def previous_checkpoint(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    return path.with_name("previous.ckpt")
+
+
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, texts and containers of them) with a checksum, atomically.
+    """Write `state` (tensors, numbers, texts and containers of them) with a checksum, atomically, and keep the one
+    that was there as `previous_checkpoint`.
 
     Raises TrainingError when the file cannot be written; the previous one is then still there.
     """
@@ -26,13 +38,45 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     payload = buffer.getvalue()
     try:
-        write_bytes_atomically(path, payload + _MARK + hashlib.sha256(payload).digest())
+        content = payload + _MARK + hashlib.sha256(payload).digest()
+        write_bytes_atomically(path, content, previous=previous_checkpoint(path))
     except OSError as error:
         raise TrainingError(
             f"{path} could not be written: {error}",
             expected="room on the disk and permission to write",
             hint="the same command again once there is; it goes on from the checkpoint before",
         ) from error
+
+
+def remove_checkpoints(path: Path) -> None:
+    """Remove the checkpoint at `path` and the one before it, as far as they are there."""
+    path.unlink(missing_ok=True)
+    previous_checkpoint(path).unlink(missing_ok=True)
+
+
+def read_newest_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The checkpoint at `path`, or the one before it where that cannot be used, which is then said; None without any.
+
+    One that is damaged is removed once the one before it has been read, so that this is not lost to the next writing.
+
+    Raises TrainingError when there are checkpoints and none of them can be read.
+    """
+    fault: TrainingError | None = None
+    for candidate in (path, previous_checkpoint(path)):
+        if not candidate.exists():
+            continue
+        try:
+            state = read_checkpoint(candidate)
+        except TrainingError as error:
+            fault = fault or error
+            continue
+        if fault is not None:
+            logger.warning("%s; going on from the checkpoint before it", fault.problem)
+            path.unlink(missing_ok=True)
+        return state
+    if fault is not None:
+        raise fault
+    return None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -30,9 +30,18 @@ class StopRequest:
         self.signal_name = signal_name
 
 
+_STOPPING = ("SIGINT", "SIGTERM")
+_WARNING = ("SIGUSR1", "SIGUSR2")
+"""What schedulers send before they stop a job. A launcher that listens to one, as submitit does to queue the job again,
+gets it once the checkpoint is written."""
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """SIGINT and SIGTERM become a request; a second one of either stops at once, as Python does by itself.
+
+    So do SIGUSR1 and SIGUSR2 where somebody handles them: the handler is called at the end of the context, when what
+    the request stopped has left its checkpoint.
 
     Signals reach the main thread alone, so elsewhere this changes nothing.
     """
@@ -40,15 +49,22 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    handled = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in handled}
+    present = [getattr(signal, name) for name in (*_STOPPING, *_WARNING) if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in present}
+    for number in present:
+        if signal.Signals(number).name in _WARNING and not callable(before[number]):
+            del before[number]
+    put_off: dict[int, FrameType | None] = {}
 
-    def note(number: int, _frame: FrameType | None) -> None:
-        if request():
+    def note(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if name in _WARNING:
+            put_off[number] = frame
+        elif request():
             raise KeyboardInterrupt
-        request.set(signal.Signals(number).name)
+        request.set(name)
 
-    for number in handled:
+    for number in before:
         signal.signal(number, note)
     try:
         yield request
@@ -56,3 +72,5 @@ def stop_on_signals() -> Iterator[StopRequest]:
         for number, handler in before.items():
             # None stands for a handler that Python did not install and cannot name.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number, frame in put_off.items():
+            before[number](number, frame)

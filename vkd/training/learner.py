@@ -17,6 +17,7 @@ from vkd.errors import TrainingError
 from vkd.methods import Batch, Combination, Output, Progress
 from vkd.models import Intermediates
 from vkd.randomness import derive_seed
+from vkd.training.distribution import ONE, GradientSum, Processes
 from vkd.training.forward import forward
 from vkd.training.graphs import (
     BACKWARD_TOLERANCE,
@@ -31,6 +32,7 @@ from vkd.training.graphs import (
 from vkd.training.optimization import Schedule, make_optimizer
 from vkd.training.precision import Precision
 from vkd.training.random_states import get_states, seeded_states, set_states
+from vkd.training.whole_batch import WholeBatch
 
 _IMPLEMENTATIONS = ("fused", "foreach", "capturable")
 """Options of optimizers that say how they compute, and not what."""
@@ -46,6 +48,7 @@ class _Inputs:
     indices: Tensor
     progress: Progress
     views: Sequence[tuple[Tensor, Output | None]]
+    whole: int
 
     def tensors(self) -> list[Tensor]:
         """All of them, in a fixed order."""
@@ -56,6 +59,8 @@ class _Inputs:
 
 class Learner:
     """A student and everything of its own. It knows no data and no teacher: the trainer hands it batches.
+
+    Of several processes each has a share of every batch, and its sums over an epoch are summands of those of all.
 
     Args:
         student: the network, already on its device.
@@ -69,6 +74,7 @@ class Learner:
         compile: compile the student's forward pass.
         fused_optimizer: take the optimizer's fused implementation.
         capturable_optimizer: take the implementation that CUDA graphs want.
+        processes: those that train the student together.
     """
 
     def __init__(
@@ -85,7 +91,9 @@ class Learner:
         compile: bool = False,
         fused_optimizer: bool = False,
         capturable_optimizer: bool = False,
+        processes: Processes = ONE,
     ) -> None:
+        self.processes = processes
         self.student = student
         self.intermediates = intermediates
         self.method = method
@@ -101,7 +109,10 @@ class Learner:
         self.average = None if recipe.ema_decay is None else ModelEmaV3(student, decay=recipe.ema_decay)
         if compile:
             (student if intermediates is None else intermediates).compile()
-        self._random_states = seeded_states(derive_seed(seed, "dropout"), device)
+        self._add_up_gradients = GradientSum(self.parameters, processes) if processes.several else None
+        # Dropout must not cut the same units from every share.
+        stream = ("dropout",) if processes.is_first else ("dropout", processes.rank)
+        self._random_states = seeded_states(derive_seed(seed, *stream), device)
         # All that a step adds to stays where it is, so that a captured step finds it.
         self._term_sums: dict[str, Tensor] = {}
         self._first_not_finite: dict[str, Tensor] = {}
@@ -120,7 +131,7 @@ class Learner:
 
     @property
     def term_sums(self) -> dict[str, Tensor]:
-        """The sum of each loss term over the images of the epoch so far, scalars."""
+        """The sum of each loss term over the images of the epoch so far, scalars; of several processes a summand."""
         return {name: self._term_sums[name] for name in self._terms_of_epoch}
 
     @property
@@ -147,6 +158,7 @@ class Learner:
         progress: Progress,
         views: Sequence[tuple[Tensor, Output | None]] = (),
         capture: Capture | None = None,
+        whole: int | None = None,
     ) -> None:
         """Learn from one batch. Nothing in here waits for the device, except when a step is captured.
 
@@ -158,8 +170,10 @@ class Learner:
             views: images and the teacher's output on each further view that the method wants.
             capture: captures the step, so that it is replayed from then on; the tensors are then the same ones, filled
                 anew, at each call that has it. None: the step runs eagerly.
+            whole: how many images the batch has, of which several processes have B each or so; None: these are all.
         """
-        inputs = _Inputs(images, teacher, targets, indices, progress, views[: self.method.views - 1])
+        whole = len(targets) if whole is None else whole
+        inputs = _Inputs(images, teacher, targets, indices, progress, views[: self.method.views - 1], whole)
         self._step_number.fill_(progress.step)
         with self._own_randomness():
             if capture is None:
@@ -167,7 +181,7 @@ class Learner:
             else:
                 self._captured_by(capture)(inputs)
         self._terms_of_epoch.update(dict.fromkeys(self._terms_of_step))
-        self.images += len(targets)
+        self.images += whole
         self.steps += 1
 
     def _learn(self, inputs: _Inputs) -> None:
@@ -178,20 +192,28 @@ class Learner:
             student = forward(self.student, self.intermediates, inputs.images)
             others = [(forward(self.student, self.intermediates, view), output) for view, output in inputs.views]
         batch = Batch(student, inputs.teacher, inputs.targets, inputs.indices, inputs.progress, others)
-        terms = self._terms(batch)
+        terms = self._terms(batch, inputs.whole)
         loss = sum(terms.values())
-        self.precision.update(loss, self.optimizer, self.parameters, self.recipe.clip_grad_norm)
+        self.precision.update(loss, self.optimizer, self.parameters, self.recipe.clip_grad_norm, self._add_up_gradients)
         if self.average is not None:
             self.average.update(self.student)
-        self._add_up(terms, student.logits, inputs.targets)
+        self._add_up(terms, student.logits, inputs)
 
-    def _terms(self, batch: Batch) -> dict[str, Tensor]:
-        terms = {} if batch.teacher is None else self.method(batch)
+    def _terms(self, batch: Batch, whole: int) -> dict[str, Tensor]:
+        """The terms of the loss, or this process's summands of them."""
+        fraction = len(batch.targets) / whole
+        if batch.teacher is None:
+            terms = {}
+        elif self.processes.several:
+            everything = WholeBatch(batch, self.processes, self.processes.sizes(whole))
+            terms = self.method.summands(batch, fraction, everything, self.processes.world_size)
+        else:
+            terms = self.method(batch)
         if self.cross_entropy_weight > 0:
             cross_entropy = functional.cross_entropy(
                 batch.student.logits, batch.targets, label_smoothing=self.recipe.label_smoothing
             )
-            terms = {"cross_entropy": self.cross_entropy_weight * cross_entropy, **terms}
+            terms = {"cross_entropy": fraction * self.cross_entropy_weight * cross_entropy, **terms}
         if not terms:
             raise TrainingError(
                 "there is nothing to learn from: the method has no term and cross_entropy_weight is 0",
@@ -200,15 +222,15 @@ class Learner:
         return terms
 
     @torch.no_grad()
-    def _add_up(self, terms: dict[str, Tensor], logits: Tensor, targets: Tensor) -> None:
+    def _add_up(self, terms: dict[str, Tensor], logits: Tensor, inputs: _Inputs) -> None:
         for name, value in terms.items():
             value = value.detach().float()
             self._make_sums(name)
-            self._term_sums[name] += value * len(targets)
+            self._term_sums[name] += value * inputs.whole
             first = self._first_not_finite[name]
             newly = ~value.isfinite() & (first < 0)
             first.copy_(torch.where(newly, self._step_number, first))
-        self.correct += (logits.detach().argmax(dim=-1) == targets).sum()
+        self.correct += (logits.detach().argmax(dim=-1) == inputs.targets).sum()
         self._terms_of_step = tuple(terms)
 
     def _make_sums(self, name: str) -> None:
@@ -279,11 +301,14 @@ class Learner:
         ]
 
     def check_finite(self) -> None:
-        """Raise TrainingError, naming the term and the step, when a loss of this epoch was not finite."""
+        """Raise TrainingError, naming the term and the step, when a loss of this epoch was not finite.
+
+        On several processes wherever it was so, and on all of them, which must call it together.
+        """
         steps = {name: int(step) for name, step in self.first_not_finite.items()}
-        bad = {name: step for name, step in steps.items() if step >= 0}
-        if bad:
-            name, step = min(bad.items(), key=lambda entry: entry[1])
+        bad = [(step, name) for name, step in steps.items() if step >= 0]
+        if bad := [entry for found in self.processes.gather(bad) for entry in found]:
+            step, name = min(bad, key=lambda entry: entry[0])
             raise TrainingError(
                 f"the loss is not finite: term {name!r} at step {step}",
                 expected="finite loss terms",
@@ -291,26 +316,69 @@ class Learner:
             )
 
     def epoch_figures(self) -> dict[str, float]:
-        """Means over the epoch so far: every term, their sum `loss`, and `top1` in percent on the training batches."""
-        terms = {name: total.item() / self.images for name, total in self.term_sums.items()}
-        return {"loss": sum(terms.values()), **terms, "top1": 100.0 * self.correct.item() / self.images}
+        """Means over the epoch so far: every term, their sum `loss`, and `top1` in percent on the training batches.
+
+        Several processes must ask for them together, and get the same.
+        """
+        sums = dict(self.term_sums)
+        correct = self.correct
+        if self.processes.several:
+            *totals, correct = (entry.clone() for entry in (*sums.values(), correct.float()))
+            self.processes.sum_([*totals, correct])
+            sums = dict(zip(sums, totals, strict=True))
+        return self._means({name: total.item() for name, total in sums.items()}, correct.item())
+
+    def running_figures(self) -> dict[str, float]:
+        """The same to be looked at while the epoch lasts: of several processes, of the share of this one alone."""
+        scale = self.processes.world_size
+        sums = {name: scale * total.item() for name, total in self.term_sums.items()}
+        return self._means(sums, scale * self.correct.item())
+
+    def _means(self, sums: dict[str, float], correct: float) -> dict[str, float]:
+        terms = {name: total / self.images for name, total in sums.items()}
+        return {"loss": sum(terms.values()), **terms, "top1": 100.0 * correct / self.images}
+
+    def align(self) -> None:
+        """Let all processes have the first one's running statistics of BatchNorm, those of the moving average too.
+
+        They are the same anyway unless each process normalises by its own share (`sync_batch_norm=false`). Several
+        processes do this together, before they measure the student.
+        """
+        if self.processes.several:
+            networks = [self.student] + ([] if self.average is None else [self.average.module])
+            self.processes.broadcast_([entry for network in networks for entry in network.buffers()])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that going on exactly needs."""
+        """Everything that going on exactly needs.
+
+        Of several processes too, which must call it together; weights, buffers and optimizer are the first one's.
+        """
+        first, *others = self.processes.gather(self._own_state())
         return {
             "student": self.student.state_dict(),
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "precision": self.precision.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),
-            "random_states": self._random_states,
             "method_random_states": {
                 name: generator.get_state() for name, generator in _generators(self.method).items()
             },
+            **first,
+            "others": others,
+        }
+
+    def _own_state(self) -> dict[str, Any]:
+        """What is not the same on all processes."""
+
+        def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: entry.cpu() for name, entry in tensors.items()}
+
+        return {
+            "random_states": self._random_states,
             "sums": {
-                "terms": self.term_sums,
-                "first_not_finite": self.first_not_finite,
-                "correct": self.correct,
+                "terms": on_host(self.term_sums),
+                "first_not_finite": on_host(self.first_not_finite),
+                "correct": self.correct.cpu(),
                 "images": self.images,
                 "steps": self.steps,
             },
@@ -325,10 +393,11 @@ class Learner:
         self.precision.load_state_dict(state["precision"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
-        self._random_states = state["random_states"]
+        own = state if self.processes.is_first else state["others"][self.processes.rank - 1]
+        self._random_states = own["random_states"]
         for name, generator in _generators(self.method).items():
             generator.set_state(state["method_random_states"][name])
-        sums = state["sums"]
+        sums = own["sums"]
         self.start_epoch_sums()
         for name, total in sums["terms"].items():
             self._make_sums(name)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from vkd.data import Data, Normalization
 from vkd.divergences import forward_kl
+from vkd.training.distribution import ONE, Processes
 
 CALIBRATION_BINS = 15
 FIGURES = ("top1", "top5", "nll", "ece", "entropy", "agreement", "teacher_kl")
@@ -66,6 +67,14 @@ class Measurement:
     def _sum(self, name: str, values: Tensor) -> None:
         self.sums[name] += values.to(self.dtype).sum()
 
+    def add_up(self, processes: Processes) -> None:
+        """Put the sums over the images of all processes in the place of the own ones."""
+        if not processes.several:
+            return
+        count = torch.tensor([self.count], dtype=self.dtype, device=self.bins.device)
+        processes.sum_([*self.sums.values(), self.bins, count])
+        self.count = int(count)
+
     def result(self) -> dict[str, float | None]:
         """The figures of all images added so far.
 
@@ -101,15 +110,30 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def split_logits(
-    model: nn.Module, data: Data, split: str, normalization: Normalization, *, batch_size: int
+    model: nn.Module,
+    data: Data,
+    split: str,
+    normalization: Normalization,
+    *,
+    batch_size: int,
+    processes: Processes = ONE,
 ) -> tuple[Tensor, Tensor]:
-    """The network's logits [N, C], float32, and the labels [N] of every image of a split, in order, on its device."""
+    """The network's logits [N, C], float32, and the labels [N] of every image of a split, in order, on its device.
+
+    Several processes share the work, and each gets all of it.
+    """
     logits, targets = [], []
     with evaluation_mode(model):
-        for batch in data.eval_batches(split, batch_size=batch_size):
+        for batch in data.eval_batches(split, batch_size=batch_size, part=processes.part):
             logits.append(model(normalization(batch.images)).float())
             targets.append(batch.targets)
-    return torch.cat(logits), torch.cat(targets)
+        if not processes.several:
+            return torch.cat(logits), torch.cat(targets)
+        # A share may be empty.
+        logits.append(torch.empty(0, data.num_classes, device=data.device))
+        targets.append(torch.empty(0, dtype=torch.int64, device=data.device))
+        sizes = processes.sizes(data.sizes[split])
+        return processes.gather_rows(torch.cat(logits), sizes), processes.gather_rows(torch.cat(targets), sizes)
 
 
 class Evaluator:
@@ -121,6 +145,7 @@ class Evaluator:
         teacher_logits: the teacher's logits [N, C] by split, in the split's order; empty without a teacher.
         batch_size: images a batch.
         device: where the network is.
+        processes: each measures a part of the images, and all get the figures of all images.
     """
 
     def __init__(
@@ -131,7 +156,9 @@ class Evaluator:
         teacher_logits: Mapping[str, Tensor],
         batch_size: int,
         device: torch.device,
+        processes: Processes = ONE,
     ) -> None:
+        self.processes = processes
         self.data = data
         self.normalization = normalization
         self.teacher_logits = teacher_logits
@@ -150,10 +177,11 @@ class Evaluator:
     def _measure(self, model: nn.Module, split: str) -> dict[str, float | None]:
         teacher_logits = self.teacher_logits.get(split)
         measurement = Measurement(self.data.num_classes, with_teacher=teacher_logits is not None, device=self.device)
-        seen = 0
+        seen = sum(self.processes.sizes(self.data.sizes[split])[: self.processes.rank])
         with evaluation_mode(model):
-            for batch in self.data.eval_batches(split, batch_size=self.batch_size):
+            for batch in self.data.eval_batches(split, batch_size=self.batch_size, part=self.processes.part):
                 share = None if teacher_logits is None else teacher_logits[seen : seen + len(batch.targets)]
                 measurement.add(model(self.normalization(batch.images)), batch.targets, share)
                 seen += len(batch.targets)
+        measurement.add_up(self.processes)
         return measurement.result()

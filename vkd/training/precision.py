@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,17 +46,31 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def update(
-        self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float | None
+        self,
+        loss: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        clip: float | None,
+        add_up: Callable[[], None] | None = None,
     ) -> None:
-        """One backward pass and optimizer step. Gradients are unscaled before their norm is clipped to `clip`."""
+        """One backward pass and optimizer step. Gradients are unscaled before their norm is clipped to `clip`.
+
+        Args:
+            add_up: brings together the gradients of several processes; None where there is one. An infinite gradient on
+                any of them is one on all then, so that all scalers decide alike.
+        """
         optimizer.zero_grad(set_to_none=True)
         if self.scaler is None:
             loss.backward()
+            if add_up is not None:
+                add_up()
             if clip is not None:
                 nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
             return
         self.scaler.scale(loss).backward()
+        if add_up is not None:
+            add_up()
         if clip is not None:
             self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, clip)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shlex
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from vkd.data import Data, Normalization
 from vkd.errors import ConfigError
 from vkd.models import count_parameters, save_weights
 from vkd.records.atomic import write_json_atomically
-from vkd.records.run_directory import DONE, FAILED, INTERRUPTED, RUNNING, RunDirectory
+from vkd.records.run_directory import DONE, FAILED, INTERRUPTED, RUNNING, WAITING, RunDirectory
 from vkd.tracking import TRACKERS, Tracker
 from vkd.training.assembly import (
     OpenedTeacher,
@@ -38,8 +39,9 @@ from vkd.training.assembly import (
     open_setting,
     views_of,
 )
+from vkd.training.checkpoint import previous_checkpoint, remove_checkpoints
 from vkd.training.display import make_display
-from vkd.training.environment import environment
+from vkd.training.environment import describe_device, environment
 from vkd.training.learner import Learner
 from vkd.training.memory import available_bytes, learner_bytes, step_bytes
 from vkd.training.optimization import Schedule, make_optimizer
@@ -53,16 +55,22 @@ logger = logging.getLogger("vkd")
 
 @dataclass
 class Outcome:
-    """What became of a run.
+    """What has become of a run.
 
-    directory: where its files are; None where it failed before it had one.
+    state: WAITING, RUNNING, INTERRUPTED, DONE or FAILED.
+    directory: where its files are; None as long as that is not known.
     skipped: it had been done before, or by another run of the same command.
+    note: what a list of runs should say of it.
     error: why it failed; None where it did not.
+    device: in words, once it runs.
     """
 
+    state: str = WAITING
     directory: RunDirectory | None = None
     skipped: bool = False
+    note: str = ""
     error: BaseException | None = None
+    device: str | None = None
 
 
 def run(
@@ -95,8 +103,8 @@ def run_together(
     configs: Sequence[Config],
     *,
     console: Console,
-    labels: Sequence[str] | None = None,
-    on_failure: Callable[[int, BaseException], None] = lambda number, error: None,
+    words: Sequence[Sequence[str]] | None = None,
+    on_change: Callable[[int, Outcome], None] = lambda place, outcome: None,
     should_stop: Callable[[], bool] = lambda: False,
     workplace: Workplace | None = None,
 ) -> list[Outcome]:
@@ -108,8 +116,8 @@ def run_together(
     Args:
         configs: of the runs; those with the same `shared_part` may be together.
         console, should_stop, workplace: as for `run`.
-        labels: what tells each run from the others in a few words.
-        on_failure: told at once of a run that fails, by its place among the configs, with the error.
+        words: the command-line words of each; those that not all have are what it is called by.
+        on_change: told at once when the state of a run changes, by its place among the configs.
 
     Raises what concerns all of them: UserError for wrong data or a wrong teacher, Interrupted when asked to stop.
     """
@@ -121,12 +129,18 @@ def run_together(
             expected="one process a run",
             hint="python -m vkd.train, without the launcher",
         )
+    words = words or [[]] * len(configs)
     jobs = [
-        _Job(config, label, partial(on_failure, number))
-        for number, (config, label) in enumerate(zip(configs, labels or [""] * len(configs), strict=True))
+        _Job(config, own, _label(own, words), partial(on_change, place))
+        for place, (config, own) in enumerate(zip(configs, words, strict=True))
     ]
     _Group(jobs, console, should_stop, workplace or Workplace()).do()
     return [job.outcome for job in jobs]
+
+
+def _label(own: Sequence[str], words: Sequence[Sequence[str]]) -> str:
+    """What tells a run from the others: those of its words that not all of them have."""
+    return " ".join(word for word in own if not all(word in others for others in words))
 
 
 def shared_part(config: Config) -> tuple[Any, ...]:
@@ -199,18 +213,23 @@ def find_teacher(config: Config, data: Data, *, device: torch.device) -> Teacher
 class _Job:
     """One run among those that are done together.
 
-    outcome: what became of it.
+    words: what it was asked for by.
+    label: what it is called by among the others.
+    on_change: told what has become of it, whenever that changes.
+    outcome: what has become of it.
     ended: it takes no further part, since it is done or has failed.
     entered: its directory is its own by now, so that an error belongs in there.
-    on_failure: told of the error that ends it.
+    repeats: the run of the group that is the same.
     holds: its lock and its log, let go when it ends.
     """
 
     config: Config
+    words: Sequence[str]
     label: str
-    on_failure: Callable[[BaseException], None]
+    on_change: Callable[[Outcome], None]
     outcome: Outcome = field(default_factory=Outcome)
     ended: bool = False
+    repeats: _Job | None = None
     entered: bool = False
     holds: ExitStack = field(default_factory=ExitStack)
     run_id: str = ""
@@ -220,20 +239,31 @@ class _Job:
     session: Session | None = None
     tracker: Tracker | None = None
 
+    def change(self, state: str, **fields: Any) -> None:
+        """Note what has become of it, and tell whoever wants to know."""
+        self.outcome = dataclasses.replace(self.outcome, state=state, **fields)
+        self.on_change(self.outcome)
+
     def fail(self, error: BaseException) -> None:
-        """Note why it ended, in its directory too where it has one, and say so to whoever wants to know."""
-        self.ended, self.outcome.error = True, error
+        """Note why it ended, in its directory too where it has one."""
+        self.ended = True
         if self.entered:
             text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
             with self.directory.speaking():
                 logger.debug("failed\n%s", text)
-            self.end_early(FAILED, error, text)
+            self._write_end(FAILED, error, text)
         self.release()
-        self.on_failure(error)
+        self.change(FAILED, error=error)
 
-    def end_early(self, state: str, error: BaseException, text: str = "") -> None:
-        """Write the state of a run that ends before its time, and tell its tracker."""
+    def interrupt(self, error: BaseException) -> None:
+        """Note that it was stopped, and goes on another time."""
         self.ended = True
+        self._write_end(INTERRUPTED, error)
+        self.release()
+        self.change(INTERRUPTED)
+
+    def _write_end(self, state: str, error: BaseException, text: str = "") -> None:
+        """Write the state of a run that ends before its time, and tell its tracker."""
         reason = (str(error) or type(error).__name__).splitlines()[0]
         with self.directory.speaking():
             try:
@@ -242,17 +272,16 @@ class _Job:
                 logger.warning("%s could not be told that the run has ended: %s", self.directory.path, trouble)
             if self.tracker is not None:
                 self.tracker.finish({}, failed=True)
-        self.release()
 
     def release(self) -> None:
         """Let go of what a run needs while it trains."""
         self.learner = self.session = self.tracker = None
         self.holds.close()
 
-    def skip(self) -> None:
+    def skip(self, note: str) -> None:
         """It need not be done."""
-        self.ended = self.outcome.skipped = True
-        self.outcome.directory = self.directory
+        self.ended = True
+        self.change(DONE, skipped=True, directory=self.directory, note=note)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -309,6 +338,9 @@ class _Group:
                 if job.outcome.error is not None:
                     # What its traceback names would hold all of these students until the last ones are done.
                     traceback.clear_frames(job.outcome.error.__traceback__)
+        for job in self.jobs:
+            if job.repeats is not None:
+                job.change(job.repeats.outcome.state)
 
     def _check_recipe(self, student: torch.nn.Module, setting: Setting) -> None:
         """Raise ConfigError where data or network refuse the recipe, before a teacher is trained for nothing."""
@@ -356,17 +388,19 @@ class _Group:
 
     def _skip_repetitions(self) -> None:
         """End the runs that are done, and those that another one of the group does."""
-        seen: set[str] = set()
+        seen: dict[str, _Job] = {}
         for job in self.left:
             if job.directory.is_done():
-                job.skip()
+                job.skip("already done")
                 # A teacher that is there is nothing to speak of: the runs that use it say so.
                 if job.config.study != TEACHERS_STUDY:
                     logger.info("already done: %s", job.directory.path)
             elif job.run_id in seen:
-                job.skip()
+                job.repeats, job.ended = seen[job.run_id], True
+                job.change(WAITING, skipped=True, directory=job.directory, note="the same run as another")
                 logger.info("the same run as another of this sweep: %s", job.directory.path)
-            seen.add(job.run_id)
+            else:
+                seen[job.run_id] = job
 
     def _make_teacher(self, setting: Setting, opened: OpenedTeacher, identity: dict[str, Any]) -> Teacher:
         teacher = make_teacher(self.config, setting, self.workplace, opened, identity)
@@ -407,7 +441,7 @@ class _Group:
         try:
             for job in chosen:
                 with job.guarded():
-                    self._enter(job)
+                    self._enter(job, setting.device)
             jobs = [job for job in chosen if not job.ended]
             if jobs:
                 self._announce(jobs, setting)
@@ -433,10 +467,10 @@ class _Group:
             for job in chosen:
                 if job.ended or not job.entered:
                     continue
-                if isinstance(error, FAILURES):
-                    job.fail(error)
+                if isinstance(error, KeyboardInterrupt):
+                    job.interrupt(error)
                 else:
-                    job.end_early(INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED, error)
+                    job.fail(error)
             if not isinstance(error, FAILURES):
                 raise
         finally:
@@ -446,19 +480,19 @@ class _Group:
             for job in chosen:
                 job.release()
 
-    def _enter(self, job: _Job) -> None:
+    def _enter(self, job: _Job, device: torch.device) -> None:
         """Make a run's directory, keep others out of it, and let it log."""
-        job.outcome.directory = job.directory
         job.directory.create()
         job.holds.enter_context(job.directory.held(wait=job.config.study == TEACHERS_STUDY))
         # Whoever held the directory before may have finished the run.
         if job.directory.is_done():
-            job.skip()
+            job.skip("done by another process")
             job.release()
             return
         job.holds.enter_context(job.directory.logged())
         job.directory.write_config(job.config.as_dict())
         job.entered = True
+        job.change(RUNNING, directory=job.directory, device=describe_device(device))
 
     def _start(self, job: _Job, setting: Setting) -> None:
         """Bring a run to where its last checkpoint stands."""
@@ -538,14 +572,22 @@ class _Group:
             "precision": config.precision,
             "metrics": record.metrics,
             "timing": record.timing if students == 1 else {**record.timing, "students_at_once": students},
-            "environment": {**environment(setting.device), "switches": dataclasses.asdict(setting.switches)},
+            "environment": {
+                **environment(setting.device),
+                "switches": dataclasses.asdict(setting.switches),
+                # By itself, also where it was one of many.
+                "command": shlex.join(["python", "-m", "vkd.train", *job.words]),
+            },
         }
         write_json_atomically(directory.result, result)
         directory.write_state(DONE, epoch=config.recipe.epochs, epochs=config.recipe.epochs)
         job.ended = True
-        if not config.keep_checkpoint:
-            directory.checkpoint.unlink(missing_ok=True)
+        if config.keep_checkpoint:
+            previous_checkpoint(directory.checkpoint).unlink(missing_ok=True)
+        else:
+            remove_checkpoints(directory.checkpoint)
         shown = {"val": record.metrics["val/top1"], "test": record.metrics["test/top1"]}
         figures = ", ".join(f"{split} {value:.2f} %" for split, value in shown.items() if value is not None)
         logger.info("done: %s in %.1f s; %s", figures, record.timing["seconds"], directory.result)
         job.tracker.finish(record.metrics)
+        job.change(DONE)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from vkd.errors import TrainingError
-from vkd.training.checkpoint import read_checkpoint, write_checkpoint
+from vkd.training.checkpoint import read_newest_checkpoint, write_checkpoint
 from vkd.training.learner import Learner
 
 
@@ -66,13 +66,13 @@ class Session:
         self._since = time.perf_counter()
 
     def restore(self) -> bool:
-        """Go on from the checkpoint, if there is one; whether there was.
+        """Go on from the newest checkpoint that can be read, if there is one; whether there was.
 
-        Raises TrainingError when the checkpoint is damaged or belongs to another run.
+        Raises TrainingError when all there are are damaged, or it belongs to another run.
         """
-        if self.checkpoint_path is None or not self.checkpoint_path.exists():
+        state = None if self.checkpoint_path is None else read_newest_checkpoint(self.checkpoint_path)
+        if state is None:
             return False
-        state = read_checkpoint(self.checkpoint_path)
         found = str(state.get("fingerprint"))
         if found != self.fingerprint:
             raise TrainingError(

@@ -25,6 +25,7 @@ from vkd.models import (
     weights_sha256,
 )
 from vkd.models.folding import fold_batch_norms
+from vkd.training.distribution import ONE, Processes
 from vkd.training.forward import forward
 from vkd.training.measurement import split_logits
 from vkd.training.precision import Precision
@@ -245,8 +246,11 @@ def freeze(
     device: torch.device,
     layout: torch.memory_format = torch.contiguous_format,
     measure: bool = True,
+    processes: Processes = ONE,
 ) -> Teacher:
     """Put a network in the teacher's place and, unless `measure` is false, measure it on `val` and `test`.
+
+    Several processes share out the measuring.
 
     Raises ModelError when it is no better than chance, unless `teacher.allow_chance_accuracy` is set.
     """
@@ -271,7 +275,14 @@ def freeze(
     for split in ("val", "test"):
         teacher.accuracy[split] = None
         if split in data.splits_present:
-            logits, targets = split_logits(model, data, split, normalization, batch_size=config.evaluation_batch_size)
+            logits, targets = split_logits(
+                model,
+                data,
+                split,
+                normalization,
+                batch_size=config.evaluation_batch_size,
+                processes=processes,
+            )
             teacher.logits[split] = logits
             teacher.accuracy[split] = 100.0 * (logits.argmax(dim=-1) == targets).double().mean().item()
     # Test has more images than val, so it is judged there.

@@ -18,6 +18,7 @@ from vkd.data import Data, Normalization
 from vkd.data.batches import ImageBatch
 from vkd.methods import Output, Progress
 from vkd.training.clock import synchronize
+from vkd.training.distribution import ONE, Processes
 from vkd.training.graphs import Capture, CudaCapture, StaticBatch
 from vkd.training.interruption import Interrupted
 from vkd.training.session import Record, Session
@@ -70,8 +71,11 @@ class Trainer:
         on_failure: told of a student that cannot go on, with the error; the others go on without it. None: the error is
             raised.
         capture: records steps; None for CUDA graphs where the switches say so, and for none elsewhere.
+        checkpoint_seconds: time between checkpoints within an epoch; None: there is one at its end alone.
+        processes: those that train together; each has a share of every batch. They stop, and keep checkpoints, after
+            the same steps; a student that cannot go on ends the training then, whatever `on_failure` is.
 
-    Raises ConfigError when the batch size leaves an epoch no step.
+    Raises ConfigError when the batch size leaves an epoch no step, or cannot be shared out.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class Trainer:
         switches: Switches | None = None,
         on_failure: Callable[[Session, BaseException], None] | None = None,
         capture: Capture | None = None,
+        checkpoint_seconds: float | None = None,
+        processes: Processes = ONE,
     ) -> None:
         self.sessions = list(sessions)
         self.teacher = teacher
@@ -101,11 +107,14 @@ class Trainer:
         self.should_stop = should_stop
         self.switches = switches
         self.layout = torch.contiguous_format if switches is None else switches.layout
-        self.on_failure = on_failure
+        self.processes = processes
+        self.on_failure = None if processes.several else on_failure
         self.capture = CudaCapture(device) if capture is None and switches is not None and switches.graphs else capture
+        self.checkpoint_seconds = checkpoint_seconds
         self.views = max((session.learner.method.views for session in self.sessions), default=1)
-        self.steps_per_epoch = data.steps_per_epoch(recipe.batch_size, recipe.drop_last)
+        self.steps_per_epoch = data.steps_per_epoch(recipe.batch_size, recipe.drop_last, processes.world_size)
         self._steps_of_this_process = 0
+        self._saved_at = time.perf_counter()
         self._failed: set[Session] = set()
         self._endless: Iterator[int] | None = None
         self._static: StaticBatch | None = None
@@ -115,6 +124,7 @@ class Trainer:
 
         Raises TrainingError when a loss is not finite and nobody is to be told of it, Interrupted when asked to stop.
         """
+        self._saved_at = time.perf_counter()
         try:
             self._train()
         finally:
@@ -129,7 +139,8 @@ class Trainer:
                 with self._isolated(session), session.voice():
                     session.finish_epoch(epoch)
                     self.display.epoch_done(session.history[-1])
-            if self.should_stop() and epoch < self.recipe.epochs:
+            self._saved_at = time.perf_counter()
+            if self.processes.agree(self.should_stop()) and epoch < self.recipe.epochs:
                 raise Interrupted(f"stopped after epoch {epoch}")
 
     def _release_graphs(self) -> None:
@@ -182,16 +193,29 @@ class Trainer:
                 started, timed_images = time.perf_counter(), 0
             if not (sessions := self._taking_part(epoch, step)):
                 continue  # nobody is left of those that were behind, and the others come later in the epoch
-            self.display.step_done(images, sessions[0].learner.epoch_figures)
+            self.display.step_done(images, sessions[0].learner.running_figures)
             if step % CHECK_EVERY == 0 or step == self.steps_per_epoch:
                 self._check_finite(sessions)
-            if self.should_stop():
+            stop, due = self.processes.flags(self.should_stop(), self._checkpoint_is_due())
+            if stop:
+                self.processes.settle()
                 self._count_time(epoch, first_step, started, timed_images)
-                self._stop(epoch, step)
+                self._save(epoch, step)
+                raise Interrupted(f"stopped after step {step} of epoch {epoch}")
+            if due and step < self.steps_per_epoch:
+                synchronize(self.device)
+                before = time.perf_counter()
+                self._save(epoch, step)
+                # Writing is no part of the steps' time.
+                started += time.perf_counter() - before
+        self.processes.settle()
         self._count_time(epoch, first_step, started, timed_images)
 
     def _steps(self, epoch: int, first_step: int) -> Iterator[int]:
-        """Every step of an epoch behind its first `first_step`: how many images it saw, once it is done."""
+        """Every step of an epoch behind its first `first_step`: how many images it saw, once it is done.
+
+        Of several processes those of all.
+        """
         batches = self.data.train_batches(
             seed=self.seed,
             epoch=epoch,
@@ -199,11 +223,13 @@ class Trainer:
             drop_last=self.recipe.drop_last,
             start_step=first_step,
             views=self.views,
+            part=self.processes.part,
         )
         total = self.recipe.epochs * self.steps_per_epoch
         for step, batch in enumerate(batches, start=first_step + 1):
+            whole = min(self.recipe.batch_size, self.data.train_size - (step - 1) * self.recipe.batch_size)
             if not (sessions := self._taking_part(epoch, step)):
-                yield len(batch.targets)
+                yield whole
                 continue
             progress = Progress(epoch, self.recipe.epochs, (epoch - 1) * self.steps_per_epoch + step, total)
             static = self._placed(batch)
@@ -211,8 +237,10 @@ class Trainer:
             read, how = (batch, {}) if static is None else (static, {"capture": self.capture})
             for session in sessions:
                 with self._isolated(session), session.voice():
-                    session.learner.step(images, teacher_output, read.targets, read.indices, progress, others, **how)
-            yield len(batch.targets)
+                    session.learner.step(
+                        images, teacher_output, read.targets, read.indices, progress, others, whole=whole, **how
+                    )
+            yield whole
 
     def _see(self, batch: ImageBatch) -> list[tuple[Tensor, Output | None]]:
         """For each view of a batch what the students see, and what the teacher says about it."""
@@ -259,9 +287,18 @@ class Trainer:
         for session in self._taking_part(epoch, first_step + 1):
             session.add_training_time(seconds, images)
 
-    def _stop(self, epoch: int, step: int) -> None:
+    def _checkpoint_is_due(self) -> bool:
+        """Whether it is time for a checkpoint, by the first process's clock, which begins anew then."""
+        now = time.perf_counter()
+        if self.checkpoint_seconds is None or now - self._saved_at < self.checkpoint_seconds:
+            return False
+        self._saved_at = now
+        return self.processes.is_first
+
+    def _save(self, epoch: int, step: int) -> None:
+        """Write the checkpoints of all that have done this step."""
         for session in self._taking_part(epoch, step):
-            with self._isolated(session):
+            with self._isolated(session), session.voice():
                 session.learner.check_finite()
                 session.save(epoch, step)
-        raise Interrupted(f"stopped after step {step} of epoch {epoch}")
+        self._saved_at = time.perf_counter()
