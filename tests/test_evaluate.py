@@ -176,5 +176,5 @@ def test_a_run_can_be_measured_on_other_data_than_its_own(tmp_path, monkeypatch)
 def test_help_is_a_page_and_no_error(capsys):
     assert main(["--help"]) == 0
     page = capsys.readouterr().out
-    for key in ("run=", "arch=", "checkpoint=", "split=", "output=", "device=", "python -m vkd.evaluate"):
+    for key in ("run=", "arch=", "checkpoint=", "split=", "output=", "fetch=", "device=", "python -m vkd.evaluate"):
         assert key in page

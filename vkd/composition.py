@@ -29,6 +29,7 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
+from hydra.plugins.sweeper import Sweeper
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -55,6 +56,9 @@ def register_schema() -> None:
         OmegaConf.set_struct(OmegaConf.select(schema, key), False)
     ConfigStore.instance().store(name="schema", node=schema)
     OmegaConf.register_new_resolver("by_pair", _by_pair, replace=True)
+    from hydra_plugins.vkd_launchers.engines import name_launchers
+
+    name_launchers()
 
 
 def _by_pair(usual: float, others: DictConfig, *, _root_: DictConfig) -> float:
@@ -182,13 +186,32 @@ def compose_jobs(flags: Sequence[str], overrides: Sequence[str]) -> list[tuple[l
     hydra_node = _compose(config_name, outer, with_hydra=True).hydra if flags or outer else None
     if not flags and (hydra_node is None or str(hydra_node.mode) != "RunMode.MULTIRUN"):
         _check_single(parsed)
+        _check_launcher(parsed)
         return [(words, _parse_job(config_name, words, alone=True))]
+    from hydra_plugins.vkd_launchers.engines import require_engine
+
+    require_engine(hydra_node.launcher._target_)
     if not hydra_node.sweeper._target_.endswith(".BasicSweeper"):
         return None
     params = [f"{key}={value}" for key, value in (hydra_node.sweeper.params or {}).items()]
+    _check_sweeping_experiments(config_name, parsed)
     with _errors_explained(words):
         (jobs,) = BasicSweeper.split_arguments(_parse_words([*params, *words]), None)
     return [(list(job), _parse_job(config_name, job, alone=len(jobs) == 1)) for job in jobs]
+
+
+def _check_sweeping_experiments(config_name: str, parsed: Sequence[Override]) -> None:
+    """Refuse several experiments of which one is a sweep itself: Hydra would run it at one point, without a word."""
+    for entry in parsed:
+        if entry.key_or_group != "experiment" or not entry.is_sweep_override():
+            continue
+        for choice in sorted({str(value) for value in entry.sweep_string_iterator()}):
+            if _compose(config_name, [f"+experiment={choice}"], with_hydra=True).hydra.sweeper.params:
+                raise ConfigError(
+                    f"{entry.input_line} would run {choice}, which is a sweep itself, at one point",
+                    expected="a command for each experiment that sweeps",
+                    hint=f"python -m vkd.train +experiment={choice}",
+                )
 
 
 def _parse_words(overrides: Sequence[str]) -> list[Override]:
@@ -209,6 +232,17 @@ def _check_single(parsed: Sequence[Override]) -> None:
                 f"{word} gives {key} several values, and this is not a sweep",
                 expected="-m before the words of a sweep, or brackets round one value that is a list",
                 hint=f"python -m vkd.train -m {word} ..., or '{key}=[{values}]'",
+            )
+
+
+def _check_launcher(parsed: Sequence[Override]) -> None:
+    """Refuse a launcher in a command that is no sweep: Hydra would run it right here, without a word."""
+    for entry in parsed:
+        if entry.key_or_group == "hydra/launcher":
+            raise ConfigError(
+                f"{entry.input_line} launches the jobs of a sweep, and this is none",
+                expected="-m before the words of a sweep",
+                hint=f"python -m vkd.train -m {entry.input_line} ...",
             )
 
 
@@ -291,6 +325,10 @@ def run_hydra(
     folder = [] if sweep_folder is None else [f"hydra.sweep.dir='{quoted}'"]
     sys.argv = [argv[0], *flags, *folder, *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    validate = Sweeper.validate_batch_is_legal
+    if sweep_folder is not None:
+        # Every job has been composed and checked beforehand; Hydra would compose them all again, 0.2 s each.
+        Sweeper.validate_batch_is_legal = lambda sweeper, batch: None
     try:
         with _errors_explained(overrides):
             decorated()
@@ -303,6 +341,7 @@ def run_hydra(
             hint="runs_root=SOME_OTHER_FOLDER",
         ) from error
     finally:
+        Sweeper.validate_batch_is_legal = validate
         sys.argv = argv
         root.handlers = handlers
         root.setLevel(level)
@@ -333,10 +372,11 @@ def _explain(error: Exception, overrides: Sequence[str]) -> ConfigError:
         pattern = rf"\+*{re.escape(group)}(@[^=]*)?=.*{re.escape(name)}"
         written = [word.partition("=")[0] for word in overrides if re.match(pattern, word)]
         key = written[-1] if written else group
+        hint = " or ".join(f"{key}={choice}" for choice in nearest(name, options))
+        if group == "hydra/launcher" and name.startswith("submitit"):
+            hint = "pip install 'vkd[slurm]', for that launcher"
         return ConfigError(
-            f"there is no {group or 'config'} {name!r}",
-            expected=list_names(options, most=40),
-            hint=" or ".join(f"{key}={choice}" for choice in nearest(name, options)),
+            f"there is no {group or 'config'} {name!r}", expected=list_names(options, most=40), hint=hint
         )
     if isinstance(error, OverrideParseException):
         if "=" not in error.override and not error.override.startswith("~"):

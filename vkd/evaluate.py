@@ -17,7 +17,7 @@ from vkd.config import Config, parse
 from vkd.errors import ConfigError, UserError, nearest, require
 from vkd.records.atomic import write_json_atomically
 from vkd.records.foreign import confined, read_foreign_config
-from vkd.records.reading import printable
+from vkd.records.reading import number, printable, read_run
 from vkd.records.run_directory import RunDirectory
 
 HELP = """\
@@ -133,10 +133,18 @@ def evaluate(words: Sequence[str]) -> dict[str, Any]:
     with_teacher = own.run is not None and not config.is_plain
     hint = f"fetch=true, if {own.run} may decide what is downloaded"
     with nullcontext() if own.run is None or own.fetch else confined(hint):
-        report = assess(config, checkpoint=checkpoint, with_teacher=with_teacher, split=own.split)
+        report = assess(
+            config, checkpoint=checkpoint, with_teacher=with_teacher, split=own.split, world_size=_world_size(own.run)
+        )
     if own.output is not None:
         write_json_atomically(own.output, report)
     return report
+
+
+def _world_size(run: str | None) -> int:
+    """How many processes did a run, as far as its result says."""
+    found = None if run is None else number(read_run(run).parameters.get("world_size"))
+    return 1 if found is None else max(1, int(found))
 
 
 def _table(report: dict[str, Any]) -> str:

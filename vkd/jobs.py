@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vkd import launched
 from vkd.command import complain, logger, speaking
-from vkd.errors import UserError
+from vkd.errors import UserError, require
 from vkd.records.run_directory import DONE, FAILED, INTERRUPTED, RUNNING, WAITING
 from vkd.records.sweep_index import FOLDER, Job, Sweep, SweepIndex
 
@@ -75,6 +76,7 @@ class Jobs:
         return None
 
     def __getstate__(self) -> dict[str, object]:
+        require_no_launcher("this launcher")
         return {"count": self.count, "index": self.index, "directory": self._directory}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -105,6 +107,7 @@ class Jobs:
         Args:
             jobs: of each its number, its words and its config.
         """
+        require_no_launcher("hydra/launcher=fused")
         with self._at_work():
             groups = self.groups(jobs)
             last = jobs[-1][0] if jobs else 0
@@ -139,6 +142,7 @@ class Jobs:
     def _run(self, jobs: Sequence[tuple[int, Sequence[str], Config]], *, more: bool) -> None:
         """Run jobs that share everything but method and divergence; `more` are to come after them."""
         from vkd.training.assembly import Workplace
+        from vkd.training.distribution import join
         from vkd.training.interruption import Interrupted, stop_on_signals
         from vkd.training.run import run_together
 
@@ -167,7 +171,7 @@ class Jobs:
             logger.info("%s; the same command goes on from there", stop)
             raise
         # A signal that came when no step was left to stop after; it is meant for the jobs to come.
-        if should_stop() and more:
+        if more and join().agree(should_stop()):
             raise Interrupted(f"stopped after job {jobs[-1][0]}")
 
     @contextmanager
@@ -216,7 +220,7 @@ class Jobs:
 
     def _note(self, number: int, state: str, outcome: Outcome | None = None, **fields: object) -> None:
         """Keep a job's state in the index; where that cannot be written, say so: no run depends on it."""
-        if self.index is None:
+        if self.index is None or not launched.is_first():
             return
         if outcome is not None:
             fields = {"note": outcome.note, "device": outcome.device, **fields}
@@ -273,6 +277,18 @@ def _on_one_device(configs: Sequence[Config], number: int) -> list[Config]:
     return [dataclasses.replace(config, device=own) if config.device == "auto" else config for config in configs]
 
 
+def require_no_launcher(name: str) -> None:
+    """Raise ConfigError where torchrun started several processes, each of which would launch all of the jobs."""
+    count = launched.world_size()
+    require(
+        count == 1,
+        f"{name} sends jobs to processes of their own, and torchrun started {count} for one job",
+        "one or the other",
+        "torchrun without hydra/launcher=..., or hydra/launcher=fused_ray without torchrun, which sends a group of "
+        "students to each GPU",
+    )
+
+
 def _begin_index(planned: Planned, command: Sequence[str]) -> SweepIndex:
     """The index of a sweep, in a folder that the same jobs find again. Raises UserError where it cannot be written."""
     from vkd.config import fingerprint, request_key
@@ -286,6 +302,8 @@ def _begin_index(planned: Planned, command: Sequence[str]) -> SweepIndex:
         Job(number, key, list(words))
         for number, (key, (words, _)) in enumerate(zip(keys, planned, strict=True), start=1)
     ]
+    if not launched.is_first():  # of several processes that do each of the jobs together
+        return index
     try:
         index.begin(Sweep(list(command), str(Path.cwd()), jobs))
     except OSError as error:

@@ -8,23 +8,33 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vkd.command import STOPPED, complain, quietly, speaking
+from vkd.command import STOPPED, complain, own_exit_code, quietly, speaking
 from vkd.composition import compose_jobs, read_command_line, run_hydra
 from vkd.errors import UserError
-from vkd.jobs import Jobs
+from vkd.jobs import Jobs, require_no_launcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit code: 0, 1 when a run failed, 2 for wrong input, 130 when asked to stop."""
+    """Run the command; its exit code: 0, 1 when a run failed, 2 for wrong input, 130 when asked to stop.
+
+    Of several processes that torchrun started the first one's code counts, and the others' is 0 where theirs is alike.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help") for word in words):
         from vkd.manual import train_page
 
         print(train_page())
         return 0
+    return own_exit_code(_run(words))
+
+
+def _run(words: Sequence[str]) -> int:
     with speaking() as console:
         try:
             flags, overrides = read_command_line(words)
+            for word in overrides:
+                if word.lstrip("+").startswith("hydra/launcher=") and not word.endswith("=basic"):
+                    require_no_launcher(word)
             jobs = Jobs(console, compose_jobs(flags, overrides), words)
             run_hydra(flags, overrides, jobs, sweep_folder=jobs.folder)
             return jobs.summary()

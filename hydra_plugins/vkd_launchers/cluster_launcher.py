@@ -38,12 +38,6 @@ class ClusterLauncher(Launcher):
     """
 
     def __init__(self, *, fused: bool, students_per_job: int | None) -> None:
-        require_engine(f"{type(self).__module__}.{type(self).__name__}")
-        require(
-            students_per_job is None or (isinstance(students_per_job, int) and students_per_job > 0),
-            f"hydra.launcher.students_per_job={students_per_job}",
-            expected="a whole number from 1, or null for no limit",
-        )
         self.fused = fused
         self.students_per_job = students_per_job
         self.config: DictConfig | None = None
@@ -51,9 +45,25 @@ class ClusterLauncher(Launcher):
         self.task_function: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what `launch` needs. Raises HydraException for a task that takes no jobs together."""
+        """Keep what `launch` needs, and look at the options: what Hydra makes of an error in `__init__` is no message.
+
+        Raises HydraException for a task that takes no jobs together, ConfigError for a wrong option.
+        """
         require_jobs(task_function)
+        require_engine(f"{type(self).__module__}.{type(self).__name__}")
+        self.check()
         self.config, self.hydra_context, self.task_function = config, hydra_context, task_function
+
+    def check(self) -> None:
+        """Raise ConfigError for an option that makes no sense."""
+        self.require_whole("students_per_job", self.students_per_job is None, "or null for no limit")
+
+    def require_whole(self, name: str, otherwise: bool = False, others: str = "") -> None:
+        """Raise ConfigError unless the option `name` is a whole number from 1, or `otherwise` holds."""
+        value = getattr(self, name)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        expected = f"a whole number from 1{', ' * bool(others)}{others}"
+        require(whole or otherwise, f"hydra.launcher.{name}={value}", expected=expected)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs; an error of one is the task's to report.
@@ -76,7 +86,6 @@ class ClusterLauncher(Launcher):
                 self.task_function.failures.extend(failures)
                 logger.info("%s ended%s", group.numbers, f": {len(failures)} failed" if failures else "")
             if should_stop():
-                logger.info("stopped; the same command goes on from there")
                 raise Interrupted("stopped")
         return returns
 
@@ -114,7 +123,7 @@ class ClusterLauncher(Launcher):
             raise
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = f"{type(error).__name__}: {lines[-1] if lines else 'no reason was given'}"
+            reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason was given'}"
             logger.warning("the worker of %s was lost: %s", group.numbers, error)
             return group.all_failed(f"its worker was lost ({reason})")
 

@@ -49,11 +49,15 @@ class RayLauncher(ClusterLauncher):
         ray: DictConfig,
     ) -> None:
         super().__init__(fused=fused, students_per_job=students_per_job)
-        for name, value in (("gpus_per_job", gpus_per_job), ("cpus_per_job", cpus_per_job)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
-            require(number or value == "auto", f"hydra.launcher.{name}={value}", expected="a number from 0, or auto")
         self.gpus_per_job, self.cpus_per_job = gpus_per_job, cpus_per_job
         self.ray_config = ray
+
+    def check(self) -> None:
+        """Raise ConfigError for an option that makes no sense."""
+        super().check()
+        for name, value in (("gpus_per_job", self.gpus_per_job), ("cpus_per_job", self.cpus_per_job)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+            require(number or value == "auto", f"hydra.launcher.{name}={value}", expected="a number from 0, or auto")
 
     @contextmanager
     def opened(self, groups: Sequence[Group]) -> Iterator[None]:
@@ -122,7 +126,10 @@ class RayLauncher(ClusterLauncher):
         """What a task says has failed. Raises Ray's errors where there is nobody left to say."""
         import ray
 
-        return ray.get(handle).return_value
+        try:
+            return ray.get(handle).return_value
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # what happened, without where
 
     def stop(self, handles: Sequence[Any]) -> None:
         """Ask the workers to stop, as Ctrl-C does, and wait for the checkpoints that they leave."""
@@ -132,6 +139,7 @@ class RayLauncher(ClusterLauncher):
         for handle in handles:
             ray.cancel(handle)
         ray.wait(list(handles), num_returns=len(handles), timeout=_SECONDS_TO_STOP)
+        logger.info("stopped; the same command goes on from there")
 
     def _gpus(self, group: Group) -> float:
         import ray

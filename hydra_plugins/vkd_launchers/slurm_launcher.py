@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ _SHARED = (
     "stderr_to_stdout",
 )
 """What submitit calls alike for every executor; it wants the executor's name before the others."""
+_SECONDS_BETWEEN_LOOKS = 30
+"""How long Slurm is left in peace between two questions about its queue."""
 _SECONDS_TO_STOP = 60
 """How long a local job that is asked to stop may take for the step in hand and its checkpoint."""
 
@@ -63,12 +66,6 @@ class SlurmLauncher(ClusterLauncher):
         **options: Any,
     ) -> None:
         super().__init__(fused=fused, students_per_job=students_per_job)
-        require(executor in ("slurm", "local"), f"hydra.launcher.executor={executor}", expected="slurm or local")
-        require(
-            isinstance(array_parallelism, int) and array_parallelism > 0,
-            f"hydra.launcher.array_parallelism={array_parallelism}",
-            expected="how many jobs may run at once, from 1",
-        )
         self.executor_name = executor
         self.submitit_folder = submitit_folder
         self.max_num_timeout = max_num_timeout
@@ -80,6 +77,16 @@ class SlurmLauncher(ClusterLauncher):
         self._executor: Any = None
         self._jobs: dict[int, Any] = {}
         self._waiting: deque[tuple[int, Group]] = deque()
+        self._looked = time.monotonic()
+        self._gone_before: set[int] = set()
+        self._lost: set[int] = set()
+
+    def check(self) -> None:
+        """Raise ConfigError for an option that makes no sense."""
+        super().check()
+        self.require_whole("array_parallelism")
+        known = self.executor_name in ("slurm", "local")
+        require(known, f"hydra.launcher.executor={self.executor_name}", expected="slurm or local")
 
     @contextmanager
     def opened(self, groups: Sequence[Group]) -> Iterator[None]:
@@ -87,7 +94,10 @@ class SlurmLauncher(ClusterLauncher):
         import submitit
 
         self._jobs, self._waiting = {}, deque()
+        self._gone_before, self._lost = set(), set()
         if self.executor_name == "slurm":
+            # It warns again and again where Slurm keeps no accounts, which `_gone` makes up for.
+            logging.getLogger("submitit").setLevel(logging.ERROR)
             self._executor = self._slurm_executor()
             self._submit_array(groups)
         else:
@@ -105,7 +115,8 @@ class SlurmLauncher(ClusterLauncher):
     def describe(self, jobs: int, groups: int) -> str:
         """How many jobs are where."""
         if self.executor_name == "local":
-            return f"{jobs} jobs in {groups} processes of this machine, {min(groups, self.array_parallelism)} at once"
+            processes = f"{groups} process{'es' * (groups > 1)}"
+            return f"{jobs} jobs in {processes} of this machine, {min(groups, self.array_parallelism)} at once"
         ids = self._slurm_ids()
         return f"{jobs} jobs in {groups} of Slurm's: squeue -j {ids}, scancel {ids}"
 
@@ -117,11 +128,20 @@ class SlurmLauncher(ClusterLauncher):
             self._jobs[number] = self._submit(group)
             running.append(number)
         time.sleep(0.2 if self.executor_name == "local" else 1)
-        return [number for number in running if self._jobs[number].done()]
+        ended = [number for number in running if self._jobs[number].done()]
+        if self.executor_name == "slurm" and time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS:
+            self._looked = time.monotonic()
+            gone = self._gone(set(running) - set(ended))
+            # Twice in a row: a result may be on its way through the file system when its job has just left the queue.
+            self._lost, self._gone_before = self._lost | (gone & self._gone_before), gone
+        return [*ended, *sorted(self._lost & set(running) - set(ended))]
 
     def failures(self, handle: int) -> list[Failure]:
         """What a job says has failed. Raises submitit's errors where there is nobody left to say."""
-        return self._jobs[handle].result().return_value
+        job = self._jobs[handle]
+        if handle in self._lost:
+            raise RuntimeError(f"Slurm has ended job {job.job_id}, which left no result; see {job.paths.stdout}")
+        return job.result().return_value
 
     def stop(self, handles: Sequence[int]) -> None:
         """Slurm's jobs go on; the processes of this machine are asked to stop with a checkpoint."""
@@ -140,6 +160,7 @@ class SlurmLauncher(ClusterLauncher):
             while running and time.monotonic() < deadline:
                 running = [job for job in running if not job.done()]
                 time.sleep(0.1)
+        logger.info("stopped; the same command goes on from there")
 
     def _slurm_executor(self) -> Any:
         """submitit's executor for Slurm, with all options."""
@@ -205,6 +226,24 @@ class SlurmLauncher(ClusterLauncher):
         return self._executor.submit(
             launcher, list(words), "hydra.sweep.dir", number - 1, job_id, Singleton.get_state()
         )
+
+    def _gone(self, numbers: set[int]) -> set[int]:
+        """Which of these groups are in Slurm's queue no more; none where that cannot be told.
+
+        submitit asks Slurm's accounting alone, without which it would wait for ever for a job that was killed.
+        """
+        if not numbers:
+            return set()
+        command = ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={self._slurm_ids()}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return set()
+        # This is what it says once it has forgotten all of them.
+        if done.returncode != 0 and "Invalid job id" not in done.stderr:
+            return set()
+        queued = set(done.stdout.split())
+        return {number for number in numbers if str(self._jobs[number].job_id) not in queued}
 
     def _slurm_ids(self) -> str:
         """The ids of the arrays, as Slurm's commands take them."""

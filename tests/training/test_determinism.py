@@ -117,6 +117,15 @@ def test_an_operation_without_a_deterministic_form_is_said_once_and_recorded(cap
     assert shown == []
 
 
+@pytest.mark.parametrize("wish", ["ignore", "error", "once"])
+def test_an_operation_is_noted_whatever_python_was_told_to_do_with_warnings(wish):
+    with warnings.catch_warnings():
+        warnings.simplefilter(wish)
+        with determinism(config()) as found:
+            put([1.0, 2.0])
+    assert found.exceptions == ["put_"]
+
+
 def test_each_run_is_told_of_an_operation_though_python_warns_once_a_line(caplog):
     records = []
     for _ in range(2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -27,23 +28,21 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
-def faults(tmp_path_factory) -> dict[str, str]:
-    """What each case found wrong, by its name."""
-    folder = tmp_path_factory.mktemp("two")
-    script = Path(__file__).with_name("two_processes.py")
+def start_two(script: str, *words: str) -> list[subprocess.Popen[str]]:
+    """A script of this folder in each of two processes."""
+    path = Path(__file__).with_name(script)
     given = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(vkd.__file__).parents[1]), str(script.parent)]),
+        "PYTHONPATH": os.pathsep.join([str(Path(vkd.__file__).parents[1]), str(path.parent)]),
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
     }
-    started = [
+    return [
         subprocess.Popen(
-            [sys.executable, str(script), str(folder)],
+            [sys.executable, str(path), *words],
             env={**given, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -51,6 +50,13 @@ def faults(tmp_path_factory) -> dict[str, str]:
         )
         for rank in range(2)
     ]
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory) -> dict[str, str]:
+    """What each case found wrong, by its name."""
+    folder = tmp_path_factory.mktemp("two")
+    started = start_two("two_processes.py", str(folder))
     said = [process.communicate(timeout=600)[0] for process in started]
     assert (folder / "faults.json").exists(), said
     return json.loads((folder / "faults.json").read_text())
@@ -59,6 +65,16 @@ def faults(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("name", CASES)
 def test_on_two_processes(name, faults):
     assert not faults[name], faults[name]
+
+
+def test_a_process_that_hangs_is_ended_when_another_dies_and_leaves_the_reason(tmp_path):
+    told = tmp_path / "told.txt"
+    first, second = start_two("hanging_process.py", str(told))
+    assert second.wait(timeout=120) == -signal.SIGKILL
+    out, _ = first.communicate(timeout=30)
+    assert first.returncode == 1
+    assert told.read_text().startswith("another of the 2 processes of this run ended without a word")
+    assert "vkd: another of the 2 processes" in out
 
 
 class Pretended(Processes):

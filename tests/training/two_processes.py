@@ -13,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from toys import CPU, DrawnProjection, toy_data
 
 from vkd.composition import compose_config
-from vkd.config import parse
+from vkd.config import Config, parse
 from vkd.data import Normalization
 from vkd.errors import TrainingError
 from vkd.methods import METHODS, Batch, Method, MethodContext
@@ -51,12 +52,12 @@ CASES: dict[str, Callable[[Processes, Path], None]] = {}
 
 WORDS = [
     "dataset=digits",
-    "dataset.train_fraction=0.14",  # 145 images: two batches of 64 and one of 17, which cannot be halved
+    "dataset.train_fraction=0.139",  # 145 images: two batches of 70 and one of 5, which cannot be halved
     "teacher.arch=cifar_resnet8",
     "teacher.allow_chance_accuracy=true",
     "student.arch=cifar_resnet8_width4",
     "recipe.epochs=1",
-    "recipe.batch_size=64",
+    "recipe.batch_size=70",
     "device=cpu",
 ]
 
@@ -216,14 +217,20 @@ def every_image_of_a_split_is_measured_once(processes: Processes, folder: Path) 
 # --- training --------------------------------------------------------------------------------------------------------
 
 
+@cache
+def config_of(*words: str) -> Config:
+    return parse(compose_config(words))
+
+
 def assembled(
     words: list[str], processes: Processes, folder: Path, *, method: dict[str, Any] | None = None, **options: Any
 ) -> SimpleNamespace:
     """A trainer with its parts, for a config by its words; `method` is put in the place of the config's."""
     checkpoint = folder / "teacher.safetensors"
-    config = parse(compose_config([*WORDS, f"teacher.checkpoint={checkpoint}", f"runs_root={folder}", *words]))
+    config = copy.deepcopy(config_of(*WORDS, f"teacher.checkpoint={checkpoint}", f"runs_root={folder}", *words))
     config.method = config.method if method is None else method
     setting = Setting(WORKPLACE.data(config, CPU, views_of(config)), CPU, processes=processes)
+    assert setting.data.train_size == 145
     student = make_student(config, setting.data)
     setting.decide(config, student)
     if not config.is_plain:
@@ -254,7 +261,7 @@ def assert_alike(
 ) -> None:
     """Train on one process and on all: the same course of losses, the same figures, weights and states of methods.
 
-    Weights may differ by a thousandth of the way that training took them, `rounding` times that in half precision.
+    Weights may differ by a ten-thousandth of the way that training took them, `rounding` times that in half precision.
     """
     one, several = (assembled(words, each, folder, **options) for each in (ONE, processes))
     (alone,), (together,) = one.trainer.fit(), several.trainer.fit()
@@ -265,11 +272,11 @@ def assert_alike(
             if name in ("seconds", "images_per_second"):
                 continue
             # An image more or less on the right side of a decision is no matter.
-            slack = rounding * (1.5 if name.endswith(("top1", "top5", "agreement")) else 2e-3)
+            slack = rounding * (1.5 if name.endswith(("top1", "top5", "agreement")) else 2e-4)
             assert value is after[name] or abs(after[name] - value) <= slack * max(1, abs(value)), (name, before, after)
     assert not torch.equal(moved(one), torch.zeros_like(moved(one)))
     error = ((moved(one) - moved(several)).norm() / moved(one).norm()).item()
-    assert error < 1e-3 * rounding, f"weights differ by {error:.2g} of their way"
+    assert error < 1e-4 * rounding, f"weights differ by {error:.2g} of their way"
     for name, value in one.learner.method.state_dict().items():
         found = several.learner.method.state_dict()[name]
         assert torch.allclose(found.double(), value.double(), rtol=1e-2, atol=1e-3), name
@@ -312,9 +319,10 @@ SETTINGS = {
     "bf16": ["method=dkd", "precision=bf16", "recipe.learning_rate=0.003"],
     "fp16": ["method=kd", "precision=fp16", "recipe.clip_grad_norm=1", "recipe.learning_rate=0.003"],
     "smaller batches of the last kind": ["method=kd", "recipe.batch_size=30", "recipe.learning_rate=0.003"],
+    "views of the teacher that are kept": ["method=kd", "teacher.cache=views", "recipe.learning_rate=0.003"],
     "the last batch left out": ["method=kd", "recipe.batch_size=40", "recipe.drop_last=true"],
 }
-ROUNDING = {"bf16": 100.0, "fp16": 50.0}
+ROUNDING = {"bf16": 1000.0, "fp16": 500.0}
 """Half precision rounds activations to two or three digits."""
 
 

@@ -104,7 +104,9 @@ class Data(ABC):
     def train_targets(self) -> Tensor:
         """Classes of the training images by their index, int64 [train_size], on the CPU; not to be written to."""
 
-    def steps_per_epoch(self, batch_size: int, drop_last: bool, processes: int = 1) -> int:
+    def steps_per_epoch(
+        self, batch_size: int, drop_last: bool, processes: int = 1, *, key: str = "recipe.batch_size"
+    ) -> int:
         """Number of batches of one epoch, at least 1.
 
         The last, smaller batch is left out when `drop_last`, and always when a process would get one image of it or
@@ -114,27 +116,28 @@ class Data(ABC):
             batch_size: images a batch, those of all processes together.
             drop_last: leave out the last, smaller batch.
             processes: among how many each batch is shared out.
+            key: of `batch_size` in the config.
 
         Raises:
-            ConfigError: naming recipe.batch_size, when it is below 1, cannot be shared out evenly, or no batch is left.
+            ConfigError: naming the key, when it is below 1, cannot be shared out evenly, or no batch is left.
         """
         if batch_size < 1:
-            raise ConfigError(f"recipe.batch_size={batch_size}", expected="1 or more")
+            raise ConfigError(f"{key}={batch_size}", expected="1 or more")
         if batch_size % processes:
             nearest = max(1, round(batch_size / processes)) * processes
             raise ConfigError(
-                f"recipe.batch_size={batch_size} is that of all {processes} processes together, and cannot be shared "
+                f"{key}={batch_size} is that of all {processes} processes together, and cannot be shared "
                 "out evenly among them",
                 expected=f"a multiple of {processes}",
-                hint=f"recipe.batch_size={nearest}",
+                hint=f"{key}={nearest}",
             )
         whole, rest = divmod(self.train_size, batch_size)
         steps = whole + (not drop_last and rest >= 2 * processes)
         if steps == 0:
             raise ConfigError(
-                f"recipe.batch_size={batch_size} leaves no batch of the {self.train_size} training images",
+                f"{key}={batch_size} leaves no batch of the {self.train_size} training images",
                 expected=f"at most {self.train_size}, or fewer images dropped",
-                hint=f"recipe.batch_size={self.train_size}",
+                hint=f"{key}={self.train_size // processes * processes or processes}",
             )
         return steps
 

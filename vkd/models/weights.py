@@ -223,7 +223,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     """The content of a torch file, unpickled by torch's restricted reader: tensors, plain containers and numbers."""
-    _check_size(path)
+    check_unpacked_size(path)
     scalar_types = [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
     make_scalar = np.float64(0).__reduce__()[0]
     names = [(make_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -242,11 +242,11 @@ def _read_torch(path: Path) -> Any:
         ) from error
 
 
-def _check_size(path: Path) -> None:
+def check_unpacked_size(path: Path) -> None:
     """Raise ModelError for a torch file that would take memory out of proportion to its length.
 
-    Parts that were compressed, or that are there several times, take it, and so does a `bytearray`: a pickle can ask for
-    one of any length, and no state dict needs one.
+    Parts that were compressed, or are there several times, take it, and so does a `bytearray`: a pickle can ask for one
+    of any length, and no state dict needs one.
     """
     name = b"\nbytearray\n"  # as torch's reader of pickles wants it
     try:

@@ -125,7 +125,7 @@ class RunDirectory:
         """running, interrupted, done or failed; None where nothing is known."""
         try:
             return json.loads((self.path / "status.json").read_text())["state"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def is_done(self) -> bool:
@@ -198,18 +198,3 @@ class RunDirectory:
         finally:
             logger.removeHandler(handler)
             handler.close()
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The `config.yaml` of a run directory, as data.
-
-    Raises ConfigError where there is none or it is not one.
-    """
-    file = RunDirectory(path).config
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read", expected="the directory of a run, with its config.yaml") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} holds no config", expected="a config.yaml that vkd wrote")
-    return content

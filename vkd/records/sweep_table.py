@@ -305,7 +305,11 @@ def _is_gone(speaker: dict[str, Any], host: str) -> bool:
         return True
     except OSError:  # somebody else's
         return False
-    return False
+    try:
+        # One that has ended and whose parent has not asked for its exit code is still there, with state Z.
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+    except (OSError, ValueError, IndexError):
+        return False
 
 
 def _reasons(job: Job, state: str, status: dict[str, Any], speaker: dict[str, Any]) -> list[str]:
@@ -352,7 +356,7 @@ def _split(word: str) -> tuple[str, str]:
 
 def _text(value: Any, most: int = 300) -> str:
     """One line that any terminal can show."""
-    return clean(str(value), most).encode("utf-8", "replace").decode("utf-8")
+    return clean(str(value), most)
 
 
 def _count(value: Any) -> int | None:

@@ -18,7 +18,12 @@ logger = logging.getLogger("vkd")
 
 
 def assess(
-    config: Config, *, checkpoint: str | Path | None, with_teacher: bool, split: str | None = None
+    config: Config,
+    *,
+    checkpoint: str | Path | None,
+    with_teacher: bool,
+    split: str | None = None,
+    world_size: int = 1,
 ) -> dict[str, Any]:
     """Measure `config.student` on `config.dataset`.
 
@@ -27,6 +32,7 @@ def assess(
         checkpoint: the student's weights; None takes timm's pretrained ones.
         with_teacher: measure agreement with the config's teacher too, where that can be found without training it.
         split: val or test; None measures those that there are.
+        world_size: how many processes did the run, and so trained the teacher where it is not given.
 
     Returns {"arch", "checkpoint", "dataset", "images": {split: n}, "metrics": {"test/top1": ...}}.
 
@@ -49,7 +55,7 @@ def assess(
     )
     if checkpoint is not None:
         load_into(model, load_weights(checkpoint), arch=arch, source=str(checkpoint))
-    teacher = find_teacher(config, data, device=device) if with_teacher else None
+    teacher = find_teacher(config, data, device=device, world_size=world_size) if with_teacher else None
     if with_teacher and teacher is None:
         logger.warning("the run's teacher is no longer there, so agreement and teacher_kl are left out")
     evaluator = Evaluator(

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vkd.errors import TrainingError
+from vkd.models.weights import check_unpacked_size
 from vkd.records.atomic import write_bytes_atomically
 
 logger = logging.getLogger("vkd")
@@ -92,12 +93,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if mark != _MARK or hashlib.sha256(payload).digest() != digest:
         raise _unusable(path, "is damaged: its checksum does not match")
     try:
+        check_unpacked_size(path)
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError) as error:
+    except Exception as error:  # what a forged file makes torch raise is of many kinds
         raise _unusable(path, "holds something other than data, and is not opened") from error
     if not isinstance(state, dict):
         raise _unusable(path, "holds no checkpoint")
     return state
+
+
+def require_entries(path: Path, state: dict[str, Any], names: Iterable[str]) -> None:
+    """Raise TrainingError where the checkpoint that was read from `path` lacks any of these entries."""
+    missing = sorted(set(names) - set(state))
+    if missing:
+        raise _unusable(path, f"lacks {', '.join(missing)}")
 
 
 def _unusable(path: Path, fault: str) -> TrainingError:

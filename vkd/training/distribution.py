@@ -103,7 +103,7 @@ class Processes:
         return [value]
 
     def agree(self, flag: bool) -> bool:
-        """Whether any of the processes says so."""
+        """Whether any of the processes says so; once they are no longer together, whether this one does."""
         return flag
 
     def flags(self, *flags: bool) -> tuple[bool, ...]:
@@ -134,6 +134,9 @@ class Processes:
         Where they did not, the processes are no longer together afterwards.
         """
         return error
+
+    def if_stuck(self, tell: Callable[[LostProcess], object] | None) -> None:
+        """Have `tell` called where another process is dead and this one hangs, just before it is ended."""
 
 
 ONE = Processes()
@@ -178,8 +181,8 @@ class _Several(Processes):
         watch: dist.ProcessGroup,
     ) -> None:
         self.rank, self.local_rank, self.world_size = rank, local_rank, world_size
-        self.when_stuck: Callable[[LostProcess], None] = lambda error: None
-        """Told that another process is dead, where this one hangs and is about to be ended."""
+        self._tell_if_stuck: Callable[[LostProcess], object] | None = None
+        self._explained: BaseException | None = None
         self._store = dist.PrefixStore("vkd", store)
         self._control, self._watch = control, watch
         self._pending: tuple[dist.Work, Tensor] | None = None
@@ -200,7 +203,7 @@ class _Several(Processes):
         if self.is_first:
             try:
                 answer[0] = function()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 answer[1] = error
         mine = answer[1]
         if mine is not None:
@@ -220,6 +223,8 @@ class _Several(Processes):
         return values
 
     def agree(self, flag: bool) -> bool:
+        if self._lost is not None:
+            return flag
         said = torch.tensor([int(flag)])
         with self._reaching():
             dist.all_reduce(said, group=self._control)
@@ -275,8 +280,9 @@ class _Several(Processes):
 
     def explain(self, error: BaseException) -> BaseException:
         self._pending = None
-        if isinstance(error, LostProcess):
+        if isinstance(error, LostProcess) or error is self._explained:
             return error
+        self._explained = error
         self._noticed.set()
         attempt, self._failures = self._failures, self._failures + 1
         names = [self._failure_name(rank, attempt) for rank in range(self.world_size)]
@@ -294,6 +300,9 @@ class _Several(Processes):
             # The first one speaks for all, but of this it knows no more than the message.
             print(f"vkd: process {self.rank} of {self.world_size} failed: {error}", file=sys.stderr, flush=True)
         return error
+
+    def if_stuck(self, tell: Callable[[LostProcess], object] | None) -> None:
+        self._tell_if_stuck = tell
 
     def _failure_name(self, rank: int, attempt: int) -> str:
         return f"failure/{attempt}/{rank}"
@@ -356,7 +365,8 @@ class _Several(Processes):
             if not self._noticed.wait(STUCK_SECONDS):
                 self._lost = self._last_words()
                 with contextlib.suppress(Exception):
-                    self.when_stuck(self._lost)
+                    if self._tell_if_stuck is not None:
+                        self._tell_if_stuck(self._lost)
                 _end_at_once(str(self._lost))
 
     def _leave(self) -> None:
@@ -366,7 +376,6 @@ class _Several(Processes):
         with contextlib.suppress(RuntimeError):
             if self.is_first:
                 self._noticed.set()
-                self._farewell.join(PATIENCE_SECONDS)
             else:
                 dist.gather(torch.zeros(1), None, group=self._watch)
             dist.destroy_process_group()
@@ -422,7 +431,7 @@ def _spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
         entry.copy_(values.view(entry.shape))
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: BaseException) -> BaseException:
     """The error as another process can be told of it."""
     try:
         pickle.loads(pickle.dumps(error))

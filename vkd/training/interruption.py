@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from vkd import launched
+
+SAME_REQUEST_SECONDS = 3.0
+"""Two signals within this time are one request where several processes train together."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -40,6 +47,9 @@ gets it once the checkpoint is written."""
 def stop_on_signals() -> Iterator[StopRequest]:
     """SIGINT and SIGTERM become a request; a second one of either stops at once, as Python does by itself.
 
+    Among several processes one that follows the first at once is the same request, which their launcher has passed on
+    while a terminal or a scheduler sent it to all.
+
     So do SIGUSR1 and SIGUSR2 where somebody handles them: the handler is called at the end of the context, when what
     the request stopped has left its checkpoint.
 
@@ -56,12 +66,18 @@ def stop_on_signals() -> Iterator[StopRequest]:
             del before[number]
     put_off: dict[int, FrameType | None] = {}
 
+    asked_at = math.inf
+
     def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked_at
         name = signal.Signals(number).name
         if name in _WARNING:
             put_off[number] = frame
         elif request():
-            raise KeyboardInterrupt
+            if launched.world_size() == 1 or time.monotonic() - asked_at > SAME_REQUEST_SECONDS:
+                raise KeyboardInterrupt
+            return
+        asked_at = time.monotonic()
         request.set(name)
 
     for number in before:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import shlex
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,10 +16,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from vkd import launched
 from vkd.config import TEACHERS_STUDY, Config, StudentConfig, fingerprint, run_identity
 from vkd.data import Data, Normalization
 from vkd.errors import ConfigError
-from vkd.models import count_parameters, save_weights
+from vkd.models import count_parameters, load_into, load_weights, save_weights, weights_sha256
 from vkd.records.atomic import write_json_atomically
 from vkd.records.run_directory import DONE, FAILED, INTERRUPTED, RUNNING, WAITING, RunDirectory
 from vkd.tracking import TRACKERS, Tracker
@@ -41,16 +41,23 @@ from vkd.training.assembly import (
 )
 from vkd.training.checkpoint import previous_checkpoint, remove_checkpoints
 from vkd.training.display import make_display
+from vkd.training.distribution import ONE, Processes, join
 from vkd.training.environment import describe_device, environment
 from vkd.training.learner import Learner
 from vkd.training.memory import available_bytes, learner_bytes, step_bytes
 from vkd.training.optimization import Schedule, make_optimizer
 from vkd.training.session import Record, Session
-from vkd.training.teacher import Teacher, open_untrained, open_weights, teacher_identity, teacher_normalization
+from vkd.training.teacher import Teacher, open_untrained, teacher_identity, teacher_normalization
 from vkd.training.teacher_views import require_discrete
 from vkd.training.trainer import FAILURES
 
 logger = logging.getLogger("vkd")
+
+
+ONE_STUDENT_HINT = (
+    "torchrun without hydra/launcher=..., or python -m vkd.train -m hydra/launcher=fused_ray, which sends groups of "
+    "students to the GPUs"
+)
 
 
 @dataclass
@@ -121,20 +128,26 @@ def run_together(
 
     Raises what concerns all of them: UserError for wrong data or a wrong teacher, Interrupted when asked to stop.
     """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes not in ("", "1"):
-        # Each of them would do the whole run by itself.
+    if len(configs) > 1 and launched.world_size() > 1:
         raise ConfigError(
-            f"a launcher such as torchrun started {processes} processes for one run",
-            expected="one process a run",
-            hint="python -m vkd.train, without the launcher",
+            f"torchrun started {launched.world_size()} processes for one student, and these are {len(configs)} "
+            "students side by side",
+            expected="one or the other",
+            hint=ONE_STUDENT_HINT,
         )
+    processes = join()
+    processes.require_all()
     words = words or [[]] * len(configs)
     jobs = [
-        _Job(config, own, _label(own, words), partial(on_change, place))
+        _Job(config, own, _label(own, words), partial(on_change, place), processes)
         for place, (config, own) in enumerate(zip(configs, words, strict=True))
     ]
-    _Group(jobs, console, should_stop, workplace or Workplace()).do()
+    try:
+        _Group(jobs, console, should_stop, workplace or Workplace(), processes).do()
+    except FAILURES as error:
+        if (explained := processes.explain(error)) is not error:
+            raise explained from error
+        raise
     return [job.outcome for job in jobs]
 
 
@@ -188,12 +201,21 @@ def directory_of(config: Config, run_fingerprint: str) -> RunDirectory:
     )
 
 
-def _open_trained(config: Config, data: Data, directory: RunDirectory) -> OpenedTeacher:
-    return OpenedTeacher(*open_weights(config, data, directory.weights), source="trained", saw_val=False)
+def _open_trained(config: Config, data: Data, directory: RunDirectory, processes: Processes = ONE) -> OpenedTeacher:
+    # The others may be on machines that do not have the file.
+    state = processes.first(lambda: load_weights(directory.weights))
+    model = open_untrained(config, data)
+    load_into(model, state, arch=config.teacher.arch, source=str(directory.weights))
+    return OpenedTeacher(model, weights_sha256(model.state_dict()), source="trained", saw_val=False)
 
 
-def find_teacher(config: Config, data: Data, *, device: torch.device) -> Teacher | None:
+def find_teacher(config: Config, data: Data, *, device: torch.device, world_size: int = 1) -> Teacher | None:
     """The teacher of a run that has been done, without training one; None where its weights are no longer there.
+
+    Args:
+        config, data: of the run.
+        device: where the teacher is wanted.
+        world_size: how many processes did the run, and so trained its teacher.
 
     Raises ModelError when they are there and unusable.
     """
@@ -203,7 +225,8 @@ def find_teacher(config: Config, data: Data, *, device: torch.device) -> Teacher
             return None
         return open_given(config, data).freeze(config, data, device)
     own = teacher_training_config(config)
-    directory = directory_of(own, fingerprint(run_identity(own, data=data.identity, teacher=None)))
+    identity = run_identity(own, data=data.identity, teacher=None, world_size=world_size)
+    directory = directory_of(own, fingerprint(identity))
     if not directory.is_done():
         return None
     return _open_trained(config, data, directory).freeze(config, data, device)
@@ -221,12 +244,14 @@ class _Job:
     entered: its directory is its own by now, so that an error belongs in there.
     repeats: the run of the group that is the same.
     holds: its lock and its log, let go when it ends.
+    processes: those that do it together.
     """
 
     config: Config
     words: Sequence[str]
     label: str
     on_change: Callable[[Outcome], None]
+    processes: Processes = ONE
     outcome: Outcome = field(default_factory=Outcome)
     ended: bool = False
     repeats: _Job | None = None
@@ -246,24 +271,27 @@ class _Job:
 
     def fail(self, error: BaseException) -> None:
         """Note why it ended, in its directory too where it has one."""
+        error = self.processes.explain(error)
         self.ended = True
         if self.entered:
             text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
             with self.directory.speaking():
                 logger.debug("failed\n%s", text)
-            self._write_end(FAILED, error, text)
+            self.write_end(FAILED, error, text)
         self.release()
         self.change(FAILED, error=error)
 
     def interrupt(self, error: BaseException) -> None:
         """Note that it was stopped, and goes on another time."""
         self.ended = True
-        self._write_end(INTERRUPTED, error)
+        self.write_end(INTERRUPTED, error)
         self.release()
         self.change(INTERRUPTED)
 
-    def _write_end(self, state: str, error: BaseException, text: str = "") -> None:
+    def write_end(self, state: str, error: BaseException, text: str = "") -> None:
         """Write the state of a run that ends before its time, and tell its tracker."""
+        if not self.processes.is_first:
+            return
         reason = (str(error) or type(error).__name__).splitlines()[0]
         with self.directory.speaking():
             try:
@@ -299,8 +327,14 @@ class _Group:
     """Runs that are done together; see `run_together`."""
 
     def __init__(
-        self, jobs: list[_Job], console: Console, should_stop: Callable[[], bool], workplace: Workplace
+        self,
+        jobs: list[_Job],
+        console: Console,
+        should_stop: Callable[[], bool],
+        workplace: Workplace,
+        processes: Processes,
     ) -> None:
+        self.processes = processes
         self.jobs = jobs
         self.config = jobs[0].config
         self.console = console
@@ -345,8 +379,10 @@ class _Group:
     def _check_recipe(self, student: torch.nn.Module, setting: Setting) -> None:
         """Raise ConfigError where data or network refuse the recipe, before a teacher is trained for nothing."""
         config, recipe = self.config, self.config.recipe
-        setting.data.steps_per_epoch(recipe.batch_size, recipe.drop_last)
         where = "teacher.recipe" if config.study == TEACHERS_STUDY else "recipe"
+        setting.data.steps_per_epoch(
+            recipe.batch_size, recipe.drop_last, self.processes.world_size, key=f"{where}.batch_size"
+        )
         Schedule(recipe, make_optimizer(recipe, student, where=where), where=where)
         if not config.is_plain and config.teacher.mean is not None:
             Normalization(config.teacher.mean, config.teacher.std, setting.data.channels, key="teacher")
@@ -364,7 +400,7 @@ class _Group:
         model = open_untrained(config, data) if opened is None else opened.model
         for job in self.left:
             with job.guarded():
-                make_methods(job.config, data, student, model)
+                make_methods(job.config, data, student, model, self.processes.world_size)
         if config.teacher.cache == "views":
             require_discrete(data)
         if not self.left:
@@ -373,14 +409,15 @@ class _Group:
             weights = {"sha256": opened.sha256}
         else:
             own = teacher_training_config(config)
-            weights = {"fingerprint": fingerprint(run_identity(own, data=data.identity, teacher=None))}
+            identity = run_identity(own, data=data.identity, teacher=None, world_size=self.processes.world_size)
+            weights = {"fingerprint": fingerprint(identity)}
             outcome = run(own, console=self.console, should_stop=self.should_stop, workplace=self.workplace)
-            opened = _open_trained(config, data, outcome.directory)
+            opened = _open_trained(config, data, outcome.directory, self.processes)
         normalization = teacher_normalization(config.teacher, opened.model, data)
         return opened, teacher_identity(config.teacher.arch, normalization, weights)
 
     def _identify(self, job: _Job, data: Data, weights: dict[str, Any] | None) -> None:
-        identity = run_identity(job.config, data=data.identity, teacher=weights)
+        identity = run_identity(job.config, data=data.identity, teacher=weights, world_size=self.processes.world_size)
         job.run_id = fingerprint(identity)
         job.group_id = fingerprint({key: value for key, value in identity.items() if key != "seed"})
         job.directory = directory_of(job.config, job.run_id)
@@ -390,7 +427,7 @@ class _Group:
         """End the runs that are done, and those that another one of the group does."""
         seen: dict[str, _Job] = {}
         for job in self.left:
-            if job.directory.is_done():
+            if self.processes.first(job.directory.is_done):
                 job.skip("already done")
                 # A teacher that is there is nothing to speak of: the runs that use it say so.
                 if job.config.study != TEACHERS_STUDY:
@@ -445,6 +482,7 @@ class _Group:
             jobs = [job for job in chosen if not job.ended]
             if jobs:
                 self._announce(jobs, setting)
+            self.processes.if_stuck(lambda error: [job.write_end(FAILED, error) for job in jobs if not job.ended])
             for job in jobs:
                 with job.guarded(), job.directory.speaking():
                     self._start(job, setting)
@@ -474,6 +512,7 @@ class _Group:
             if not isinstance(error, FAILURES):
                 raise
         finally:
+            self.processes.if_stuck(None)
             display.close()
             if setting.teacher is not None:
                 setting.teacher.keep_views()
@@ -482,39 +521,53 @@ class _Group:
 
     def _enter(self, job: _Job, device: torch.device) -> None:
         """Make a run's directory, keep others out of it, and let it log."""
-        job.directory.create()
-        job.holds.enter_context(job.directory.held(wait=job.config.study == TEACHERS_STUDY))
-        # Whoever held the directory before may have finished the run.
-        if job.directory.is_done():
+        if self.processes.first(partial(self._take, job)):
             job.skip("done by another process")
             job.release()
             return
-        job.holds.enter_context(job.directory.logged())
-        job.directory.write_config(job.config.as_dict())
         job.entered = True
         job.change(RUNNING, directory=job.directory, device=describe_device(device))
 
+    def _take(self, job: _Job) -> bool:
+        """Make a run's directory and hold it; whether whoever held it before has finished the run."""
+        job.directory.create()
+        job.holds.enter_context(job.directory.held(wait=job.config.study == TEACHERS_STUDY))
+        if job.directory.is_done():
+            return True
+        job.holds.enter_context(job.directory.logged())
+        job.directory.write_config(job.config.as_dict())
+        return False
+
     def _start(self, job: _Job, setting: Setting) -> None:
         """Bring a run to where its last checkpoint stands."""
-        config, directory = job.config, job.directory
-        study = config.study or config.dataset.name
-        job.tracker = TRACKERS[config.tracker.name](config, directory.path, name=directory.path.name, study=study)
+        directory = job.directory
+        self.processes.first(partial(self._open_tracker, job))
         job.session = make_session(
-            config,
+            job.config,
             setting,
             job.learner,
             fingerprint=job.run_id,
             checkpoint_path=directory.checkpoint,
-            on_epoch=lambda line: self._epoch_done(job, line),
+            on_epoch=lambda line: self.processes.first(partial(self._epoch_done, job, line)),
             voice=directory.speaking,
         )
         if job.session.restore():
             epoch, step = job.session.position
             logger.info("going on after step %d of epoch %d", step, epoch)
-            for line in job.session.history:
-                job.tracker.log(line)
-        directory.write_metrics(job.session.history)
-        directory.write_state(RUNNING, epoch=job.session.position[0] - 1, epochs=config.recipe.epochs)
+        self.processes.first(partial(self._open_records, job))
+
+    def _open_tracker(self, job: _Job) -> None:
+        config, path = job.config, job.directory.path
+        study = config.study or config.dataset.name
+        job.tracker = TRACKERS[config.tracker.name](config, path, name=path.name, study=study)
+
+    def _open_records(self, job: _Job) -> None:
+        """Let the records say what the checkpoint has."""
+        session = job.session
+        for line in session.history:
+            job.tracker.log(line)
+        job.directory.write_metrics(session.history)
+        job.directory.write_state(RUNNING, epoch=session.position[0] - 1, epochs=job.config.recipe.epochs)
 
     def _announce(self, jobs: Sequence[_Job], setting: Setting) -> None:
         """Say what is trained: of each run where it is, and once what they share."""
@@ -528,6 +581,8 @@ class _Group:
             config.precision, setting.device,
         )  # fmt: skip
         logger.info("speed: %s", setting.switches.describe())
+        if self.processes.several:
+            logger.info("%s", self._describe_processes(jobs[0].learner.student))
         if len(jobs) > 1:
             logger.info("%d students side by side", len(jobs))
         jobs[0].learner.precision.warn_if_emulated()
@@ -535,13 +590,29 @@ class _Group:
         if config.recipe.scheduler == "multistep" and late:
             logger.warning("the rate never drops at %s: training ends after epoch %d", late, config.recipe.epochs)
 
+    def _describe_processes(self, student: torch.nn.Module) -> str:
+        recipe, count = self.config.recipe, self.processes.world_size
+        text = (
+            f"{count} processes: batches of {recipe.batch_size} are {count} x {recipe.batch_size // count}; "
+            f"learning rate {recipe.learning_rate:g} for the whole batch"
+        )
+        if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in student.modules()):
+            text += "; BatchNorm " + ("synchronised" if self.config.sync_batch_norm else "of each share by itself")
+        return text
+
     def _epoch_done(self, job: _Job, line: dict[str, Any]) -> None:
         job.directory.write_metrics(job.session.history)
         job.directory.write_state(RUNNING, epoch=line["epoch"], epochs=job.config.recipe.epochs)
         job.tracker.log(line)
 
     def _finish(self, job: _Job, setting: Setting, record: Record, students: int) -> None:
-        """Write what came out."""
+        """Write what came out, and tell everybody."""
+        self.processes.first(partial(self._write_result, job, setting, record, students))
+        job.ended = True
+        job.change(DONE)
+        self.processes.first(partial(self._close_records, job, record))
+
+    def _write_result(self, job: _Job, setting: Setting, record: Record, students: int) -> None:
         config, data, directory, teacher = job.config, setting.data, job.directory, setting.teacher
         model = job.learner.evaluated_model
         save_weights(
@@ -568,6 +639,7 @@ class _Group:
             "cross_entropy_weight": config.cross_entropy_weight,
             "divergence": config.divergence or None,
             "seed": config.seed,
+            **({"world_size": self.processes.world_size} if self.processes.several else {}),
             "recipe": dataclasses.asdict(config.recipe),
             "precision": config.precision,
             "metrics": record.metrics,
@@ -581,7 +653,9 @@ class _Group:
         }
         write_json_atomically(directory.result, result)
         directory.write_state(DONE, epoch=config.recipe.epochs, epochs=config.recipe.epochs)
-        job.ended = True
+
+    def _close_records(self, job: _Job, record: Record) -> None:
+        config, directory = job.config, job.directory
         if config.keep_checkpoint:
             previous_checkpoint(directory.checkpoint).unlink(missing_ok=True)
         else:
@@ -590,4 +664,3 @@ class _Group:
         figures = ", ".join(f"{split} {value:.2f} %" for split, value in shown.items() if value is not None)
         logger.info("done: %s in %.1f s; %s", figures, record.timing["seconds"], directory.result)
         job.tracker.finish(record.metrics)
-        job.change(DONE)

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vkd.errors import TrainingError
-from vkd.training.checkpoint import read_newest_checkpoint, write_checkpoint
+from vkd.training.checkpoint import read_newest_checkpoint, require_entries, write_checkpoint
 from vkd.training.learner import Learner
 
 
@@ -32,7 +33,7 @@ class Record:
 
 
 class Session:
-    """Drives one learner from epoch to epoch.
+    """Drives one learner from epoch to epoch. Of several processes the first one reads and writes the checkpoint.
 
     Args:
         learner: the student in training.
@@ -70,7 +71,8 @@ class Session:
 
         Raises TrainingError when all there are are damaged, or it belongs to another run.
         """
-        state = None if self.checkpoint_path is None else read_newest_checkpoint(self.checkpoint_path)
+        path = self.checkpoint_path
+        state = None if path is None else self.learner.processes.first(lambda: read_newest_checkpoint(path))
         if state is None:
             return False
         found = str(state.get("fingerprint"))
@@ -80,6 +82,7 @@ class Session:
                 expected=f"the fingerprint {self.fingerprint[:8]}, found {found[:8]}",
                 hint=f"remove {self.checkpoint_path.name} there to start this run again",
             )
+        require_entries(self.checkpoint_path, state, ("history", "learner", "position", "timed"))
         self.history = state["history"]
         for line in self.history:
             self.learner.schedule.epoch_done(line["epoch"], line.get("val/top1"))
@@ -100,7 +103,7 @@ class Session:
                 "timed": dict(self._timed),
                 "learner": self.learner.state_dict(),
             }
-            write_checkpoint(self.checkpoint_path, state)
+            self.learner.processes.first(partial(write_checkpoint, self.checkpoint_path, state))
 
     def add_training_time(self, seconds: float, images: int) -> None:
         """Count `seconds` in which training steps saw `images` images."""
@@ -114,6 +117,7 @@ class Session:
         Raises TrainingError when what is measured is not finite: the last steps broke the weights.
         """
         recipe = self.learner.recipe
+        self.learner.align()
         line: dict[str, Any] = {"epoch": epoch, "learning_rate": self.learner.schedule.learning_rate}
         line.update({f"train/{name}": value for name, value in self.learner.epoch_figures().items()})
         if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
