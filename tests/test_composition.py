@@ -46,7 +46,9 @@ def test_the_groups_are_those_of_the_design_and_their_choices_are_what_is_regist
     assert set(groups) == {
         *("dataset", "divergence", "experiment", "hydra/launcher", "method", "pair", "recipe", "tracker")
     }
-    assert groups["hydra/launcher"] == ["fused"]
+    assert groups["hydra/launcher"] == [
+        "fused", "fused_ray", "fused_slurm", "fused_slurm_local", "ray", "slurm", "slurm_local"
+    ]  # fmt: skip
     assert set(groups["divergence"]) == set(DIVERGENCES)
     assert set(groups["method"]) == {*METHODS, "none"}
     assert set(groups["tracker"]) == set(TRACKERS)

@@ -13,7 +13,7 @@ from commands import PAIR, PLAIN, TINY, only_run, read, runs_in, train, untimed,
 
 import vkd.train
 from vkd.composition import compose_config, compose_jobs, read_command_line
-from vkd.config import Config, parse
+from vkd.config import Config, config_directory, parse
 from vkd.errors import ConfigError
 
 WORDS = [
@@ -146,6 +146,19 @@ def test_any_name_of_a_folder_will_do(recorded, tmp_path, name):
         ((words, config),) = compose_jobs([], [f"from={path}"])
         assert config == expected, path
         assert compose_jobs([], words) == [(words, config)]
+
+
+def test_a_path_that_leads_upwards_is_no_file_of_hydras_even_where_it_leads_to_one_from_there(
+    recorded, tmp_path, monkeypatch
+):
+    shutil.copytree(config_directory(), tmp_path / "conf")
+    for module in ("vkd.composition", "vkd.recorded"):
+        monkeypatch.setattr(f"{module}.config_directory", lambda: tmp_path / "conf")
+    (recorded() / "config.yaml").rename("mine.yaml")
+    below = tmp_path / "x" / "y"
+    below.mkdir(parents=True)
+    monkeypatch.chdir(below)
+    assert only_job("from=../../mine.yaml") == asked()
 
 
 # Later words win

@@ -40,6 +40,7 @@ from vkd.training.assembly import (
     views_of,
 )
 from vkd.training.checkpoint import previous_checkpoint, remove_checkpoints
+from vkd.training.determinism import Determinism, determinism
 from vkd.training.display import make_display
 from vkd.training.distribution import ONE, Processes, join
 from vkd.training.environment import describe_device, environment
@@ -143,7 +144,9 @@ def run_together(
         for place, (config, own) in enumerate(zip(configs, words, strict=True))
     ]
     try:
-        _Group(jobs, console, should_stop, workplace or Workplace(), processes).do()
+        # Students that train side by side ask for the same.
+        with determinism(jobs[0].config) as found:
+            _Group(jobs, console, should_stop, workplace or Workplace(), processes, found).do()
     except FAILURES as error:
         if (explained := processes.explain(error)) is not error:
             raise explained from error
@@ -333,8 +336,10 @@ class _Group:
         should_stop: Callable[[], bool],
         workplace: Workplace,
         processes: Processes,
+        determinism: Determinism,
     ) -> None:
         self.processes = processes
+        self.determinism = determinism
         self.jobs = jobs
         self.config = jobs[0].config
         self.console = console
@@ -646,6 +651,7 @@ class _Group:
             "timing": record.timing if students == 1 else {**record.timing, "students_at_once": students},
             "environment": {
                 **environment(setting.device),
+                "deterministic": self.determinism.as_record(),
                 "switches": dataclasses.asdict(setting.switches),
                 # By itself, also where it was one of many.
                 "command": shlex.join(["python", "-m", "vkd.train", *job.words]),
