@@ -14,7 +14,8 @@ _GROUPS = {
     "recipe": "epochs, batch size, optimizer, schedule; recipe@teacher.recipe=... for a teacher that vkd trains",
     "tracker": "who is told beside the run directory",
     "experiment": "named studies, added with a plus: +experiment=...",
-    "hydra/launcher": "fused trains the students of a sweep side by side, with one teacher for all that can share it",
+    "hydra/launcher": "fused: the students of a sweep side by side, with one teacher for all that can share it; ray, "
+    "slurm: its jobs on a cluster; fused_...: its groups",
 }
 
 _EXAMPLES = [
@@ -73,6 +74,8 @@ _KEYS = [
         "compile, channels_last, ...",
         "fused_optimizer, graphs, keep_freed_memory, teacher.fold, teacher.compile: speed alone",
     ),
+    ("checkpoint_minutes=10", "between checkpoints within an epoch; there is one at its end anyway"),
+    ("sync_batch_norm=true", "over the processes that torchrun starts; false: each of them has statistics of its own"),
     ("students_at_once=null", "of the fused launcher; null: as many as memory holds"),
 ]
 

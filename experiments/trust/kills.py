@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import random
 import shlex
 import shutil
@@ -78,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse_words(Words, words)
     torch.set_num_threads(1)
     import_training()
+    from vkd.training.environment import environment
+
     moments = random.Random(options.seed)
     variants = dict(list(VARIANTS.items())[: options.variants])
     report: dict[str, Any] = {
@@ -118,13 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report["students_equal"] = sum(sweep["equal"] for sweep in sweeps)
     report["failures_said"] = sum(sweep["failures_said"] for sweep in sweeps)
     report["seconds"] = round(time.perf_counter() - started)
-    report["environment"] = {
-        "vkd": vkd.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-    }
+    report["environment"] = environment(torch.device("cpu"))
     print(json.dumps({key: value for key, value in report.items() if key not in ("sweeps", "variants")}, indent=2))
     if options.output is not None:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)
