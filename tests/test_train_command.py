@@ -209,6 +209,17 @@ def test_the_same_seed_gives_the_same_bits_in_any_place_and_another_seed_gives_o
     assert untimed(other)[0] != untimed(first)[0]
 
 
+def test_a_deterministic_run_says_so_in_its_record_and_switches_nothing_for_the_next(place, trained):
+    assert train("deterministic=true", "study=repeatable") == 0
+    assert not torch.are_deterministic_algorithms_enabled()
+    run = only_run(place / "runs" / "repeatable")
+    assert read(run / "result.json")["environment"]["deterministic"] == {"asked": True, "exceptions": []}
+    usual = only_run(trained / "digits")
+    assert read(usual / "result.json")["environment"]["deterministic"] == {"asked": False, "exceptions": []}
+    assert read(run / "result.json")["fingerprint"] == read(usual / "result.json")["fingerprint"]
+    assert weights(run) == weights(usual)
+
+
 def test_what_decides_no_number_is_not_in_the_fingerprint(place, trained):
     words = ["device=auto", "study=other", "workers=0", "evaluation_batch_size=100", "results_root=elsewhere"]
     words += ["data_root=no/data", "dataset.root=no/root", "tracker.project=other", "keep_checkpoint=false"]

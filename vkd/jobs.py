@@ -214,7 +214,7 @@ class Jobs:
         lines = message.splitlines()
         # A traceback says what happened in its last line, a message to the user in its first.
         headline = lines[0] if expected else lines[-1]
-        self.failures += [(number, " ".join(words), headline) for number, words in jobs]
+        self.failures += [(number, self._distinct(words), headline) for number, words in jobs]
         for number, _ in jobs:
             self._note(number, FAILED, outcome, note=headline, traceback="" if expected else message)
 
@@ -255,7 +255,14 @@ class Jobs:
             RUNNING: lambda job: f"its process ended without a word (process {job.pid} on {job.host})",
             WAITING: lambda job: "did not start",
         }
-        return {job.number: (" ".join(job.overrides), reasons[job.state](job)) for job in jobs if job.state != DONE}
+        return {
+            job.number: (self._distinct(job.overrides), reasons[job.state](job)) for job in jobs if job.state != DONE
+        }
+
+    def _distinct(self, words: Sequence[str]) -> str:
+        """What tells a job from the others of the command: its words that not all of them have."""
+        shared = set.intersection(*(set(others) for others, _ in self._planned)) if len(self._planned) > 1 else set()
+        return " ".join(word for word in words if word not in shared) or " ".join(words)
 
 
 def _own_words(words: Sequence[str]) -> list[str]:

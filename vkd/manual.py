@@ -14,8 +14,7 @@ _GROUPS = {
     "recipe": "epochs, batch size, optimizer, schedule; recipe@teacher.recipe=... for a teacher that vkd trains",
     "tracker": "who is told beside the run directory",
     "experiment": "named studies, added with a plus: +experiment=...",
-    "hydra/launcher": "fused: the students of a sweep side by side, with one teacher for all that can share it; ray, "
-    "slurm: its jobs on a cluster; fused_...: its groups",
+    "hydra/launcher": "fused: students of a sweep side by side; ray, slurm: its jobs on a cluster; fused_...: both",
 }
 
 _EXAMPLES = [

@@ -119,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     report["students_equal"] = sum(sweep["equal"] for sweep in sweeps)
     report["failures_said"] = sum(sweep["failures_said"] for sweep in sweeps)
     report["seconds"] = round(time.perf_counter() - started)
-    report["environment"] = environment(torch.device("cpu"))
+    facts = environment(torch.device("cpu"))
+    # Neither a path nor a name of this machine, in a file that is to be shared; the command stands above.
+    report["environment"] = {name: fact for name, fact in facts.items() if name not in ("package", "host", "command")}
     print(json.dumps({key: value for key, value in report.items() if key not in ("sweeps", "variants")}, indent=2))
     if options.output is not None:
         Path(options.output).parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ class ContrastiveRepresentationDistillation(Method):
     The two memories take 8 * N * embedding_size bytes, in the checkpoint too (51 MB for the 50,000 images of
     CIFAR-100), and once more during a step. A step of B images holds 8 * B * K bytes of draws (8 MB at 64 and 16,384)
     and some matrices of 4 * B * N bytes (13 MB each). On CUDA the gradient adds up in no fixed order, so that runs
-    repeat there to rounding only.
+    repeat there to rounding only, unless `deterministic=true`.
 
     Args:
         weight: weight of the term (0.8 in the literature).

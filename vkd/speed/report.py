@@ -180,7 +180,7 @@ def configured_divergences() -> dict[str, dict[str, Any]]:
 
 def _environment(device: torch.device, words: Sequence[str]) -> dict[str, Any]:
     facts = environment(device)
-    del facts["package"]  # a path of this machine, in a file that is to be shared
+    del facts["package"], facts["host"]  # of this machine, in a file that is to be shared
     facts["command"] = shlex.join(["python", "-m", "vkd.benchmark", *words])
     facts["hardware"] = {
         "processor": _processor(),
