@@ -4,20 +4,24 @@ import functools
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import TINY, lines, only_run, read, runs_in, snapshot, start, train, untimed, wait_for_epochs, weights
+from PIL import Image
 
 import vkd
 import vkd.train
 from vkd.composition import compose_jobs
 from vkd.errors import ConfigError
 from vkd.jobs import Jobs
+from vkd.records.run_directory import RunDirectory
 from vkd.records.sweep_index import Job, Sweep, SweepIndex, read_sweep
 from vkd.training.checkpoint import read_checkpoint
 from vkd.training.learner import Learner
@@ -132,6 +136,7 @@ def test_many_processes_write_one_index_and_no_change_is_lost(tmp_path):
     index.begin(Sweep(["-m"], str(tmp_path), [Job(number, str(number), []) for number in range(1, 41)]))
     code = """
 import sys
+from vkd.records.run_directory import RunDirectory
 from vkd.records.sweep_index import SweepIndex
 index = SweepIndex(sys.argv[1])
 for number in range(int(sys.argv[2]), 41, 4):
@@ -307,6 +312,57 @@ def test_a_kill_within_an_epoch_loses_what_came_after_the_last_checkpoint_alone(
     assert run.name == other.name
     assert weights(run) == weights(other)
     assert untimed(run) == untimed(other)
+
+
+def test_a_kill_while_workers_read_the_images_changes_no_bit_either(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for kind in ("ant", "bee"):
+            folder = tmp_path / "photos" / split / kind
+            folder.mkdir(parents=True)
+            for number in range(24):
+                image = random.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(image).save(folder / f"{number}.png")
+    words = ["dataset=imagefolder", "dataset.root=photos", "dataset.image_size=16", "dataset.val_fraction=0.25"]
+    words += ["recipe.epochs=3", "recipe.batch_size=4", "teacher.recipe.epochs=1", "teacher.recipe.batch_size=16"]
+    words += ["workers=2", "checkpoint_minutes=0"]
+    process = start("vkd.train", *TINY, *words, cwd=tmp_path)
+    run = wait_for_epochs(process, tmp_path / "runs" / "imagefolder", 1)
+    while read_checkpoint(run / "last.ckpt")["position"][1] == 0 and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert train(*words, "workers=0") == 0
+    assert "going on after step" in (run / "train.log").read_text()
+    shutil.copytree(tmp_path / "runs" / "teachers", tmp_path / "other" / "teachers")
+    assert train(*words, "workers=0", "runs_root=other") == 0
+    other = only_run(tmp_path / "other" / "imagefolder")
+    assert run.name == other.name
+    assert weights(run) == weights(other)
+    assert untimed(run) == untimed(other)
+
+
+def test_a_kill_while_the_teacher_is_trained_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["teacher.recipe.epochs=12", "recipe.batch_size=128"]
+    first = start("vkd.train", *TINY, *words, cwd=tmp_path)
+    teacher = wait_for_epochs(first, tmp_path / "runs" / "teachers", 2)
+    first.send_signal(signal.SIGSTOP)  # so that it does not finish meanwhile
+    # This one finds the teacher in the making, and waits for whoever is at it.
+    second = start("vkd.train", *TINY, *words, cwd=tmp_path)
+    assert any("waiting for another process" in line for line in iter(second.stdout.readline, ""))
+    first.kill()
+    first.communicate()
+    assert read(teacher / "status.json")["state"] == "running"
+    assert not (teacher / "result.json").exists()
+    assert not (teacher / "student.safetensors").exists()
+    said = second.communicate(timeout=120)[0]
+    assert second.returncode == 0, said
+    assert "going on after step" in (teacher / "train.log").read_text()
+    assert RunDirectory(teacher).is_done()
+    assert [line["epoch"] for line in lines(teacher / "metrics.jsonl")] == list(range(1, 13))
+    assert (only_run(tmp_path / "runs" / "digits") / "result.json").exists()
 
 
 def test_a_disk_that_is_full_keeps_the_checkpoint_and_stops_the_run_with_one_message(place):
