@@ -122,6 +122,12 @@ def test_an_index_that_cannot_be_written_is_said_before_anything_is_done(place, 
         '{"jobs": 3}',
         '{"command": [], "directory": "", "jobs": [{"number": 1, "key": "", "overrides": [], "state": "well"}]}',
         '{"command": [], "directory": "", "jobs": [{"number": "x", "key": "", "overrides": []}]}',
+        '{"command": [], "directory": "", "jobs": [{"number": true, "key": "", "overrides": []}]}',
+        '{"command": [], "directory": "", "jobs": [{"number": 1%s, "key": "", "overrides": []}]}' % ("0" * 400),
+        '{"command": [], "directory": "", "jobs": [{"number": 1, "key": "", "overrides": "abc"}]}',
+        '{"command": [], "directory": "", "jobs": [{"number": 1, "key": "", "overrides": [], "state": ["done"]}]}',
+        '{"command": [], "directory": "", "jobs": []}',
+        '{"command": [], "directory": "", "jobs": {}}',
         "[" * 100_000,
     ],
 )
@@ -129,6 +135,38 @@ def test_something_else_than_an_index_is_one_message(tmp_path, content):
     (tmp_path / "sweep.json").write_text(content)
     with pytest.raises(ConfigError, match="is damaged"):
         read_sweep(tmp_path / "sweep.json")
+
+
+def test_an_index_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "sweep.json")
+    with pytest.raises(ConfigError, match="it is no plain file"):
+        read_sweep(tmp_path / "sweep.json")
+
+
+def test_a_command_with_the_jobs_in_another_order_mixes_none_of_them_up(tmp_path):
+    def begun(*keys: str) -> SweepIndex:
+        index = SweepIndex(tmp_path)
+        index.begin(Sweep([], "", [Job(number, key, [key]) for number, key in enumerate(keys, start=1)]))
+        return index
+
+    first = begun("a", "b", "b")
+    begun("b", "a", "b")
+    first.update(1, "a", state="done", directory="runs/a", device="cpu", pid=7)
+    first.update(3, "b", state="failed")
+    assert [(job.key, job.state) for job in first.read().jobs] == [("b", "waiting"), ("a", "done"), ("b", "failed")]
+    kept = begun("a", "b", "b").read().jobs[0]
+    assert (kept.state, kept.directory, kept.device, kept.pid) == ("done", "runs/a", "cpu", 7)
+
+
+def test_where_a_job_ran_is_kept_when_the_command_is_given_again(place):
+    assert train(*SWEEP) == 0
+    (before, _) = read_sweep(index_in(place)).jobs
+    index = SweepIndex(index_in(place).parent)
+    index.update(1, before.key, host="node7", pid=77)
+    assert train(*SWEEP) == 0
+    (after, _) = read_sweep(index_in(place)).jobs
+    assert (after.host, after.pid, after.device) == ("node7", 77, before.device)
+    assert after.note == "already done"
 
 
 def test_many_processes_write_one_index_and_no_change_is_lost(tmp_path):
@@ -140,8 +178,8 @@ from vkd.records.run_directory import RunDirectory
 from vkd.records.sweep_index import SweepIndex
 index = SweepIndex(sys.argv[1])
 for number in range(int(sys.argv[2]), 41, 4):
-    index.update(number, state="running")
-    index.update(number, state="done", note=f"by {sys.argv[2]}")
+    index.update(number, str(number), state="running")
+    index.update(number, str(number), state="done", note=f"by {sys.argv[2]}")
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(vkd.__file__).parents[1])}
     writers = [
@@ -217,8 +255,10 @@ def test_jobs_that_ran_elsewhere_are_told_by_the_index_however_they_ended(place,
     jobs = Jobs(None, planned, ["-m"])
     elsewhere = pickle.loads(pickle.dumps(jobs))
     assert elsewhere.index.path == jobs.index.path
+    keys = [job.key for job in jobs.index.read().jobs]
     for number, state in enumerate(["done", "failed", "running", "interrupted"], start=1):
-        elsewhere.index.update(number, state=state, note="why" if state == "failed" else "", pid=77, host="node")
+        note = "why" if state == "failed" else ""
+        elsewhere.index.update(number, keys[number - 1], state=state, note=note, pid=77, host="node")
     assert jobs.summary() == 1
     said = capsys.readouterr().err
     assert "4 of 5 jobs failed:" in said
@@ -227,8 +267,88 @@ def test_jobs_that_ran_elsewhere_are_told_by_the_index_however_they_ended(place,
         assert f"seed={number}): " in line
         assert told in line
     for number in range(1, 6):
-        elsewhere.index.update(number, state="done")
+        elsewhere.index.update(number, keys[number - 1], state="done")
     assert jobs.summary() == 0
+
+
+def test_an_index_that_is_lost_fails_no_job_that_ran_here(place, monkeypatch, capsys):
+    step = Learner.step
+
+    def lose_it(self, *arguments, **options):
+        for path in place.glob("runs/.sweeps/*/sweep.json"):
+            path.unlink()
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(Learner, "step", lose_it)
+    assert train("-m", "seed=1,2") == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "the index of the sweep could not be written" in said.out
+    assert len(runs_in(place / "runs" / "digits")) == 2
+
+
+def test_a_job_that_another_command_is_at_is_no_failure_of_this_one(place, capsys):
+    assert train("-m", "seed=1,2") == 0
+    one, other = runs_in(place / "runs" / "digits")
+    (other / "result.json").unlink()
+    index = SweepIndex(index_in(place).parent)
+    index.update(2, index.read().jobs[1].key, state="running", pid=77)
+    capsys.readouterr()
+    with RunDirectory(other).held():
+        assert train("-m", "seed=1,2") == 0
+        said = capsys.readouterr()
+        assert said.err == ""
+        assert "job 2 is left to whoever is at it: another process is at work in" in said.out
+        assert (one / "result.json").exists()
+        # From a process elsewhere the index alone says how it stands.
+        jobs = Jobs(None, compose_jobs(["-m"], [*TINY, "seed=1,2"]), ["-m"])
+        for number, state in enumerate(("done", "running"), start=1):
+            jobs.index.update(number, jobs._keys[number - 1], state=state, directory=str(other))
+        assert jobs.summary() == 0
+    assert jobs.summary() == 0
+    assert train("-m", "seed=1,2") == 0
+    assert (other / "result.json").exists()
+
+
+def test_a_launcher_that_cannot_start_leaves_nothing(place, monkeypatch, capsys):
+    before = snapshot(place)
+
+    def refuse(*_arguments, **_options):
+        raise ConfigError("this launcher cannot start here")
+
+    monkeypatch.setattr(vkd.train, "run_hydra", refuse)
+    assert train("-m", "seed=1,2") == 2
+    assert "this launcher cannot start here" in capsys.readouterr().err
+    assert snapshot(place) == before
+
+
+def test_a_run_that_was_done_otherwise_says_so_where_determinism_is_asked_for(place, capsys):
+    assert train() == 0
+    assert train("deterministic=true") == 0
+    assert "it was done without deterministic=true" in capsys.readouterr().out
+
+
+def test_a_teacher_whose_weights_are_gone_is_trained_again_and_one_whose_are_damaged_says_how(place, capsys):
+    (teacher,) = (place / "runs" / "teachers").glob("*/*/student.safetensors")
+    whole_file = teacher.read_bytes()
+    teacher.write_bytes(whole_file[:100])
+    assert train("seed=1") == 1
+    assert f"try: remove {teacher.parent.relative_to(place)}, and the same command trains" in capsys.readouterr().err
+    teacher.unlink()
+    assert train("seed=1") == 0
+    assert weights(teacher.parent)
+
+
+def test_who_waits_for_a_teacher_that_another_process_trains_can_be_stopped(place):
+    (teacher,) = (place / "runs" / "teachers").glob("*/*")
+    (teacher / "result.json").unlink()
+    with RunDirectory(teacher).held():
+        process = start("vkd.train", *TINY, cwd=place)
+        assert any("waiting for another process" in line for line in iter(process.stdout.readline, ""))
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "stopped while another process is at work in" in said
 
 
 # Stops, kills, and what disks do
@@ -247,6 +367,7 @@ def test_a_stopped_sweep_says_what_was_interrupted_and_what_did_not_start(place,
         assert train("-m", "seed=1,2,3") == 130
     assert "the same command goes on from there" in capsys.readouterr().out
     assert states(place) == ["done", "interrupted", "waiting"]
+    assert read(runs_in(place / "runs" / "digits")[1] / "status.json")["epoch"] == 0
     assert train("-m", "seed=1,2,3") == 0
     said = capsys.readouterr().out
     assert said.count("already done: ") == 1

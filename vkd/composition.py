@@ -187,7 +187,7 @@ def compose_jobs(flags: Sequence[str], overrides: Sequence[str]) -> list[tuple[l
     if not flags and (hydra_node is None or str(hydra_node.mode) != "RunMode.MULTIRUN"):
         _check_single(parsed)
         _check_launcher(parsed)
-        return [(words, _parse_job(config_name, words, alone=True))]
+        return [(words, _parse_job(config_name, words, alone=True, called=words))]
     from hydra_plugins.vkd_launchers.engines import require_engine
 
     require_engine(hydra_node.launcher._target_)
@@ -197,7 +197,12 @@ def compose_jobs(flags: Sequence[str], overrides: Sequence[str]) -> list[tuple[l
     _check_sweeping_experiments(config_name, parsed)
     with _errors_explained(words):
         (jobs,) = BasicSweeper.split_arguments(_parse_words([*params, *words]), None)
-    return [(list(job), _parse_job(config_name, job, alone=len(jobs) == 1)) for job in jobs]
+    shared = set.intersection(*map(set, jobs))
+    planned = []
+    for job in jobs:
+        distinct = [word for word in job if word not in shared]
+        planned.append((list(job), _parse_job(config_name, job, alone=len(jobs) == 1, called=distinct or job)))
+    return planned
 
 
 def _check_sweeping_experiments(config_name: str, parsed: Sequence[Override]) -> None:
@@ -283,7 +288,7 @@ def _check_methods(parsed: Sequence[Override], composed: DictConfig) -> None:
             )
 
 
-def _parse_job(config_name: str, overrides: Sequence[str], *, alone: bool) -> Config:
+def _parse_job(config_name: str, overrides: Sequence[str], *, alone: bool, called: Sequence[str]) -> Config:
     try:
         composed = _compose(config_name, overrides)
         import_training()
@@ -291,7 +296,7 @@ def _parse_job(config_name: str, overrides: Sequence[str], *, alone: bool) -> Co
     except UserError as error:
         if alone:
             raise
-        problem = f"no job was started, since one of them is impossible ({' '.join(overrides)}):\n  {error.problem}"
+        problem = f"no job was started, since one of them is impossible ({' '.join(called)}):\n  {error.problem}"
         raise ConfigError(problem, expected=error.expected, hint=error.hint) from error
 
 

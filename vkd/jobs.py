@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vkd import launched
 from vkd.command import complain, logger, speaking
 from vkd.errors import UserError, require
-from vkd.records.run_directory import DONE, FAILED, INTERRUPTED, RUNNING, WAITING
+from vkd.records.run_directory import DONE, FAILED, INTERRUPTED, RUNNING, WAITING, InUse, RunDirectory
 from vkd.records.sweep_index import FOLDER, Job, Sweep, SweepIndex
 
 if TYPE_CHECKING:
@@ -54,10 +55,14 @@ class Jobs:
         self._elsewhere = False
         self._number = 0
         self._workplace: Workplace | None = None
-        planned = None if planned is None else [(_own_words(words), config) for words, config in planned]
+        planned = None if planned is None else [(own_words(words), config) for words, config in planned]
         self._planned = planned or []
+        self._keys: list[str] = []
+        self._left_to_others: list[int] = []
+        self._states: dict[int, str] = {}
+        self._is_new = False
         if self.count is not None and self.count > 1:
-            self.index = _begin_index(planned, command)
+            self._begin_index(planned, command)
 
     @property
     def folder(self) -> Path | None:
@@ -77,11 +82,12 @@ class Jobs:
 
     def __getstate__(self) -> dict[str, object]:
         require_no_launcher("this launcher")
-        return {"count": self.count, "index": self.index, "directory": self._directory}
+        return {"count": self.count, "index": self.index, "directory": self._directory, "keys": self._keys}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(None, None)
-        self.count, self.index, self._directory = state["count"], state["index"], state["directory"]
+        self.count, self.index = state["count"], state["index"]
+        self._directory, self._keys = state["directory"], state["keys"]
         self._elsewhere = True
 
     def __call__(self, composed: DictConfig) -> None:
@@ -98,8 +104,7 @@ class Jobs:
                 logger.info("")
                 logger.info("job %d%s: %s", number, f" of {self.count}" if self.count else "", " ".join(words))
             with self._reported([(number, words)]):
-                config = self._parsed(number, composed)
-                self._run([(number, words, config)], more=not self._elsewhere and number != self.count)
+                self._run([(number, words, _parsed(composed))], more=not self._elsewhere and number != self.count)
 
     def together(self, jobs: Sequence[tuple[int, Sequence[str], DictConfig | Config]]) -> None:
         """Jobs side by side, as far as they can be: what the fused launchers call.
@@ -128,16 +133,9 @@ class Jobs:
         for number, words, composed in jobs:
             self._number = max(self._number, number)
             with self._reported([(number, words)]):
-                config = self._parsed(number, composed)
+                config = _parsed(composed)
                 groups.setdefault(repr(shared_part(config)), []).append((number, words, config))
         return list(groups.values())
-
-    def _parsed(self, number: int, composed: DictConfig | Config) -> Config:
-        from vkd.composition import register_schema
-        from vkd.config import Config, parse
-
-        register_schema()  # its resolvers, which another process does not have yet
-        return composed if isinstance(composed, Config) else parse(composed)
 
     def _run(self, jobs: Sequence[tuple[int, Sequence[str], Config]], *, more: bool) -> None:
         """Run jobs that share everything but method and divergence; `more` are to come after them."""
@@ -148,7 +146,11 @@ class Jobs:
 
         def changed(place: int, outcome: Outcome) -> None:
             number, words, _ = jobs[place]
-            if outcome.state == FAILED:
+            if isinstance(outcome.error, InUse) and self.count != 1:
+                # Another command is at it, and keeps the index; of a sweep that is no failure.
+                logger.info("job %d is left to whoever is at it: %s", number, outcome.error.problem)
+                self._left_to_others.append(number)
+            elif outcome.state == FAILED and not outcome.skipped:
                 self._failed([(number, words)], outcome.error, outcome)
             else:
                 self._note(number, outcome.state, outcome)
@@ -219,19 +221,23 @@ class Jobs:
             self._note(number, FAILED, outcome, note=headline, traceback="" if expected else message)
 
     def _note(self, number: int, state: str, outcome: Outcome | None = None, **fields: object) -> None:
-        """Keep a job's state in the index; where that cannot be written, say so: no run depends on it."""
+        """Keep a job's state, in the index too; where that cannot be written, say so: no run depends on it."""
+        self._states[number] = state
         if self.index is None or not launched.is_first():
             return
+        changes = {"state": state, "note": "", "traceback": ""}
         if outcome is not None:
-            fields = {"note": outcome.note, "device": outcome.device, **fields}
+            changes["note"] = outcome.note
             if outcome.directory is not None:
-                fields["directory"] = str(outcome.directory.path)
+                changes["directory"] = str(outcome.directory.path)
+        if outcome is None or not outcome.skipped:  # else it ran when and where the index says
+            device = None if outcome is None else outcome.device
+            changes.update(host=socket.gethostname(), pid=os.getpid(), device=device)
         try:
-            self.index.update(
-                number, **{"traceback": "", **fields}, state=state, host=socket.gethostname(), pid=os.getpid()
-            )
+            self.index.update(number, self._keys[number - 1], **{**changes, **fields})
         except (OSError, UserError) as error:
-            logger.warning("the index of the sweep could not be written: %s", error)
+            reason = error.problem if isinstance(error, UserError) else error
+            logger.warning("the index of the sweep could not be written: %s", reason)
 
     def summary(self) -> int:
         """Say which jobs failed, if there were several; the exit code."""
@@ -241,14 +247,32 @@ class Jobs:
         if self.count != 1 and failures:
             lines = [f"job {number} ({words}): {headline}" for number, (words, headline) in sorted(failures.items())]
             complain("\n".join([f"{len(lines)} of {self.count or self._number} jobs failed:", *lines]))
+        if self._left_to_others:
+            numbers = ", ".join(map(str, self._left_to_others))
+            logger.info("another process is at work on job %s; python -m vkd.sweep shows how it stands", numbers)
         return 1 if failures else 0
+
+    def abandon(self) -> None:
+        """Remove the files of a sweep of which no job has begun, as far as this command has made them."""
+        if self.index is not None and self._is_new and not self._states:
+            shutil.rmtree(self.index.folder, ignore_errors=True)
+            with suppress(OSError):  # others are there
+                self.index.folder.parent.rmdir()
+                self.index.folder.parent.parent.rmdir()
 
     def _failures_elsewhere(self) -> dict[int, tuple[str, str]]:
         """What the index says of jobs that ran in other processes: number -> (words, what went wrong)."""
+        here = {*self._states, *self._left_to_others}
+        left = [number for number in range(1, self.count + 1) if number not in here]
+        if not left:
+            return {}
         try:
-            jobs = self.index.read().jobs
+            by_key = {job.key: job for job in self.index.read().jobs}
         except UserError as error:
-            return {0: ("all", error.problem)}
+            return {number: (self._distinct(self._planned[number - 1][0]), error.problem) for number in left}
+        jobs = [(number, by_key[key]) for number in left if (key := self._keys[number - 1]) in by_key]
+        self._left_to_others += [number for number, job in jobs if job.state == RUNNING and _is_held(job)]
+        jobs = [(number, job) for number, job in jobs if number not in self._left_to_others]
         reasons: dict[str, Callable[[Job], str]] = {
             FAILED: lambda job: job.note,
             INTERRUPTED: lambda job: "was interrupted; the same command goes on",
@@ -256,8 +280,35 @@ class Jobs:
             WAITING: lambda job: "did not start",
         }
         return {
-            job.number: (self._distinct(job.overrides), reasons[job.state](job)) for job in jobs if job.state != DONE
+            number: (self._distinct(job.overrides), reasons[job.state](job))
+            for number, job in jobs
+            if job.state != DONE
         }
+
+    def _begin_index(self, planned: Planned, command: Sequence[str]) -> None:
+        """Write the index, in a folder that the same jobs find again. Raises UserError where that is not possible."""
+        from vkd.config import fingerprint, request_key
+        from vkd.errors import ConfigError
+
+        self._keys = [request_key(config) for _, config in planned]
+        studies = {config.study or config.dataset.name for _, config in planned}
+        name = f"{studies.pop() if len(studies) == 1 else 'several'}-{fingerprint({'jobs': sorted(self._keys)})[:8]}"
+        self.index = SweepIndex((Path(planned[0][1].runs_root) / FOLDER / name).resolve())
+        if not launched.is_first():  # of several processes that do each of the jobs together
+            return
+        self._is_new = not self.index.folder.exists()
+        jobs = [
+            Job(number, key, list(words))
+            for number, (key, (words, _)) in enumerate(zip(self._keys, planned, strict=True), start=1)
+        ]
+        try:
+            self.index.begin(Sweep(list(command), str(Path.cwd()), jobs, socket.gethostname(), os.getpid()))
+        except OSError as error:
+            raise ConfigError(
+                f"the files of the sweep cannot be written: {error}",
+                expected="a folder that you may write to",
+                hint="runs_root=SOME_OTHER_FOLDER",
+            ) from error
 
     def _distinct(self, words: Sequence[str]) -> str:
         """What tells a job from the others of the command: its words that not all of them have."""
@@ -265,9 +316,28 @@ class Jobs:
         return " ".join(word for word in words if word not in shared) or " ".join(words)
 
 
-def _own_words(words: Sequence[str]) -> list[str]:
+def own_words(words: Sequence[str]) -> list[str]:
     """The words of a job less those that are Hydra's, as launchers hand them out."""
     return [word for word in words if not re.match(r"[+~]*hydra[./]", word)]
+
+
+def _parsed(composed: DictConfig | Config) -> Config:
+    from vkd.composition import register_schema
+    from vkd.config import Config, parse
+
+    register_schema()  # its resolvers, which another process does not have yet
+    return composed if isinstance(composed, Config) else parse(composed)
+
+
+def _is_held(job: Job) -> bool:
+    """Whether a process is at work in the directory of a job."""
+    if job.directory is None or not Path(job.directory).is_dir():
+        return False
+    try:
+        with RunDirectory(job.directory).held():
+            return False
+    except InUse:
+        return True
 
 
 def _on_one_device(configs: Sequence[Config], number: int) -> list[Config]:
@@ -294,29 +364,3 @@ def require_no_launcher(name: str) -> None:
         "torchrun without hydra/launcher=..., or hydra/launcher=fused_ray without torchrun, which sends a group of "
         "students to each GPU",
     )
-
-
-def _begin_index(planned: Planned, command: Sequence[str]) -> SweepIndex:
-    """The index of a sweep, in a folder that the same jobs find again. Raises UserError where it cannot be written."""
-    from vkd.config import fingerprint, request_key
-    from vkd.errors import ConfigError
-
-    keys = [request_key(config) for _, config in planned]
-    studies = {config.study or config.dataset.name for _, config in planned}
-    name = f"{studies.pop() if len(studies) == 1 else 'several'}-{fingerprint({'jobs': sorted(keys)})[:8]}"
-    index = SweepIndex((Path(planned[0][1].runs_root) / FOLDER / name).resolve())
-    jobs = [
-        Job(number, key, list(words))
-        for number, (key, (words, _)) in enumerate(zip(keys, planned, strict=True), start=1)
-    ]
-    if not launched.is_first():  # of several processes that do each of the jobs together
-        return index
-    try:
-        index.begin(Sweep(list(command), str(Path.cwd()), jobs))
-    except OSError as error:
-        raise ConfigError(
-            f"the files of the sweep cannot be written: {error}",
-            expected="a folder that you may write to",
-            hint="runs_root=SOME_OTHER_FOLDER",
-        ) from error
-    return index

@@ -36,7 +36,11 @@ def _run(words: Sequence[str]) -> int:
                 if word.lstrip("+").startswith("hydra/launcher=") and not word.endswith("=basic"):
                     require_no_launcher(word)
             jobs = Jobs(console, compose_jobs(flags, overrides), words)
-            run_hydra(flags, overrides, jobs, sweep_folder=jobs.folder)
+            try:
+                run_hydra(flags, overrides, jobs, sweep_folder=jobs.folder)
+            except UserError:  # a launcher that cannot start
+                jobs.abandon()
+                raise
             return jobs.summary()
         except UserError as error:
             complain(error)

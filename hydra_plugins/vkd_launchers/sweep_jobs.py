@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ from hydra.errors import HydraException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+
+from vkd.jobs import own_words
 
 if TYPE_CHECKING:
     from vkd.config import Config
@@ -53,11 +54,6 @@ def list_jobs(
         jobs.append((number, words, known or _compose(config, hydra_context, overrides, index)))
         returns.append(JobReturn(overrides=filter_overrides(overrides), status=JobStatus.COMPLETED))
     return jobs, returns
-
-
-def own_words(overrides: Sequence[str]) -> list[str]:
-    """The words without those that are Hydra's."""
-    return [word for word in overrides if not re.match(r"[+~]*hydra[./]", word)]
 
 
 def _compose(config: DictConfig, hydra_context: HydraContext, overrides: Sequence[str], index: int) -> DictConfig:

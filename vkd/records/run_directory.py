@@ -9,8 +9,8 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,10 @@ def spoken_label() -> str:
 def _safe(name: str) -> str:
     """`name` with everything but letters, digits, '.', '_' and '+' replaced, so that it is one short folder name."""
     return re.sub(r"[^A-Za-z0-9._+]", "_", name)
+
+
+class InUse(UserError):
+    """Another process is at work in a run's directory."""
 
 
 class RunDirectory:
@@ -128,9 +132,9 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
-    def is_done(self) -> bool:
-        """Whether the run has ended well and its result is there."""
-        return self.state() == DONE and self.result.is_file()
+    def is_done(self, *, with_weights: bool = False) -> bool:
+        """Whether the run has ended well and its result is there, and its weights too where they are wanted."""
+        return self.state() == DONE and self.result.is_file() and (not with_weights or self.weights.is_file())
 
     def write_state(
         self, state: str, *, epoch: int | None = None, epochs: int | None = None, reason: str = "", traceback: str = ""
@@ -153,22 +157,28 @@ class RunDirectory:
         write_text_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in history))
 
     @contextmanager
-    def held(self, *, wait: bool = False) -> Iterator[None]:
+    def held(self, *, while_waiting: Callable[[], None] | None = None) -> Iterator[None]:
         """Keep every other process out of the directory. The system lets go by itself when this process dies.
 
         Args:
-            wait: wait for another holder to finish, rather than raise UserError.
+            while_waiting: wait for another holder to finish, and call this about once a second, which ends the waiting
+                by raising; None: do not wait.
+
+        Raises InUse where another process holds it and it is not to be waited for.
         """
         lock = filelock.FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            if not wait:
-                raise UserError(
+            if while_waiting is None:
+                raise InUse(
                     f"another process is at work in {self.path}", expected="one process a run", hint="wait for it"
                 ) from error
             logger.info("waiting for another process that is at work in %s", self.path)
-            lock.acquire()
+            while not lock.is_locked:
+                while_waiting()
+                with suppress(filelock.Timeout):
+                    lock.acquire(timeout=1)
         try:
             # What a kill left of a file that was being written; nobody else writes here now.
             for leftover in self.path.glob(".*.tmp"):

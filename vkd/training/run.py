@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shlex
 import traceback
@@ -19,7 +20,7 @@ from rich.console import Console
 from vkd import launched
 from vkd.config import TEACHERS_STUDY, Config, StudentConfig, fingerprint, run_identity
 from vkd.data import Data, Normalization
-from vkd.errors import ConfigError
+from vkd.errors import ConfigError, ModelError
 from vkd.models import count_parameters, load_into, load_weights, save_weights, weights_sha256
 from vkd.records.atomic import write_json_atomically
 from vkd.records.run_directory import DONE, FAILED, INTERRUPTED, RUNNING, WAITING, RunDirectory
@@ -44,6 +45,7 @@ from vkd.training.determinism import Determinism, determinism
 from vkd.training.display import make_display
 from vkd.training.distribution import ONE, Processes, join
 from vkd.training.environment import describe_device, environment
+from vkd.training.interruption import Interrupted
 from vkd.training.learner import Learner
 from vkd.training.memory import available_bytes, learner_bytes, step_bytes
 from vkd.training.optimization import Schedule, make_optimizer
@@ -204,11 +206,23 @@ def directory_of(config: Config, run_fingerprint: str) -> RunDirectory:
     )
 
 
+def _was_deterministic(directory: RunDirectory) -> bool:
+    """Whether the finished run in a directory was done with deterministic algorithms, as far as its record says."""
+    try:
+        return json.loads(directory.result.read_text())["environment"]["deterministic"]["asked"] is True
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
 def _open_trained(config: Config, data: Data, directory: RunDirectory, processes: Processes = ONE) -> OpenedTeacher:
-    # The others may be on machines that do not have the file.
-    state = processes.first(lambda: load_weights(directory.weights))
     model = open_untrained(config, data)
-    load_into(model, state, arch=config.teacher.arch, source=str(directory.weights))
+    try:
+        # The others may be on machines that do not have the file.
+        state = processes.first(lambda: load_weights(directory.weights))
+        load_into(model, state, arch=config.teacher.arch, source=str(directory.weights))
+    except ModelError as error:
+        hint = f"remove {directory.path}, and the same command trains the teacher again"
+        raise ModelError(error.problem, expected=error.expected, hint=hint) from error
     return OpenedTeacher(model, weights_sha256(model.state_dict()), source="trained", saw_val=False)
 
 
@@ -230,7 +244,7 @@ def find_teacher(config: Config, data: Data, *, device: torch.device, world_size
     own = teacher_training_config(config)
     identity = run_identity(own, data=data.identity, teacher=None, world_size=world_size)
     directory = directory_of(own, fingerprint(identity))
-    if not directory.is_done():
+    if not directory.is_done(with_weights=True):
         return None
     return _open_trained(config, data, directory).freeze(config, data, device)
 
@@ -297,8 +311,11 @@ class _Job:
             return
         reason = (str(error) or type(error).__name__).splitlines()[0]
         with self.directory.speaking():
+            done = None if self.session is None else self.session.position[0] - 1
             try:
-                self.directory.write_state(state, reason=reason, traceback=text, epochs=self.config.recipe.epochs)
+                self.directory.write_state(
+                    state, epoch=done, epochs=self.config.recipe.epochs, reason=reason, traceback=text
+                )
             except OSError as trouble:
                 logger.warning("%s could not be told that the run has ended: %s", self.directory.path, trouble)
             if self.tracker is not None:
@@ -308,6 +325,10 @@ class _Job:
         """Let go of what a run needs while it trains."""
         self.learner = self.session = self.tracker = None
         self.holds.close()
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to do. Of a teacher that vkd trains the weights are wanted, and not its result."""
+        return self.directory.is_done(with_weights=self.config.study == TEACHERS_STUDY)
 
     def skip(self, note: str) -> None:
         """It need not be done."""
@@ -432,11 +453,13 @@ class _Group:
         """End the runs that are done, and those that another one of the group does."""
         seen: dict[str, _Job] = {}
         for job in self.left:
-            if self.processes.first(job.directory.is_done):
+            if self.processes.first(job.is_done):
                 job.skip("already done")
                 # A teacher that is there is nothing to speak of: the runs that use it say so.
                 if job.config.study != TEACHERS_STUDY:
                     logger.info("already done: %s", job.directory.path)
+                    if job.config.deterministic and not _was_deterministic(job.directory):
+                        logger.warning("it was done without deterministic=true; runs_root=... repeats it elsewhere")
             elif job.run_id in seen:
                 job.repeats, job.ended = seen[job.run_id], True
                 job.change(WAITING, skipped=True, directory=job.directory, note="the same run as another")
@@ -536,12 +559,18 @@ class _Group:
     def _take(self, job: _Job) -> bool:
         """Make a run's directory and hold it; whether whoever held it before has finished the run."""
         job.directory.create()
-        job.holds.enter_context(job.directory.held(wait=job.config.study == TEACHERS_STUDY))
-        if job.directory.is_done():
+        # A teacher that another process trains is worth waiting for.
+        waiting = partial(self._stop_if_asked, job) if job.config.study == TEACHERS_STUDY else None
+        job.holds.enter_context(job.directory.held(while_waiting=waiting))
+        if job.is_done():
             return True
         job.holds.enter_context(job.directory.logged())
         job.directory.write_config(job.config.as_dict())
         return False
+
+    def _stop_if_asked(self, job: _Job) -> None:
+        if self.should_stop():
+            raise Interrupted(f"stopped while another process is at work in {job.directory.path}")
 
     def _start(self, job: _Job, setting: Setting) -> None:
         """Bring a run to where its last checkpoint stands."""
