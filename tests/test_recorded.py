@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import vkd.train
 from vkd.composition import compose_config, compose_jobs, read_command_line
 from vkd.config import Config, config_directory, parse
 from vkd.errors import ConfigError
+from vkd.recorded import read_recorded
 
 WORDS = [
     *TINY,
@@ -254,7 +256,7 @@ def test_a_config_without_the_newer_keys_has_their_defaults(recorded):
         (lambda content: content["method"]["kd"].update(_target_="os.system"), r"no key method\.kd\._target_"),
         (lambda content: content["divergence"].update(defaults=["/dataset: cifar100"]), r"no key divergence\.defaults"),
         (lambda content: content["method"].update(defaults={}), "defaults"),
-        (lambda content: content.update(study="${oc.env:HOME}"), r"interpolation '\$\{oc\.env:HOME\}'"),
+        (lambda content: content.update(study="${oc.env:HOME}"), r"interpolation '\\\$\{oc\.env:HOME\}'"),
         (lambda content: content["method"].update({"${seed}": {}}), "interpolation"),
         (lambda content: content.pop("student"), "names no dataset and no student"),
     ],
@@ -273,23 +275,42 @@ def test_a_config_that_no_run_leaves_is_refused_in_one_message(recorded, change,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a: [", "is damaged"),
-        (b"\xff\xfe\x00", "is damaged"),
-        (b"!!python/object/apply:os.system ['true']", "is damaged"),
-        (b"[" * 1500, "is damaged"),
-        (b"", "holds no config"),
-        (b"- a", "holds no config"),
-        (b"dataset: {}\nstudent: {}\nseed: 2026-01-01", "which no config holds"),
+        (b"a: [", "is not plain YAML"),
+        (b"\xff\xfe\x00", "is not plain YAML"),
+        (b"!!python/object/apply:os.system ['true']", "is not plain YAML"),
+        (b"[" * 1500, "is not plain YAML"),
+        (b"dataset: {}\nstudent: {}\nseed: 1\nseed: 2", "a key is there twice"),
+        (b"dataset: {}\nstudent: {}\nrecipe: &a {epochs: 1}\nteacher: {<<: *a}", "is not plain YAML"),
+        (b"", "not a mapping"),
+        (b"- a", "not a mapping"),
+        (b"{}", "names no dataset and no student"),
+        (b"dataset: {}\nstudent: {}\nseed: 2026-01-01", "which no run leaves there"),
+        (b'dataset: {}\nstudent: {}\nstudy: "\\e[31m"', r"the text '\\x1b\[31m', which no run leaves there"),
         (b"dataset: &a [*a]\nstudent: {}", "too many values"),
         (b"a: &a [1,2,3,4,5,6,7,8,9]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n"
          b"d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ndataset: [*d,*d,*d,*d,*d,*d,*d,*d]\nstudent: {}", "too many values"),
-        (b"dataset: {name: digits}\nstudent: {arch: x}\n" + b"#" * 2**20, "larger than 1 MiB"),
+        (b"dataset: {name: digits}\nstudent: {arch: x}\n" + b"#" * 2**18, "larger than 256 KiB"),
     ],
 )  # fmt: skip
 def test_a_damaged_config_is_refused(tmp_path, content, message):
     (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         only_job(f"from={tmp_path}")
+    assert caught.value.problem.startswith(f"{tmp_path}/config.yaml ")
+
+
+def test_a_number_in_base_60_takes_no_time_however_long_it_is(recorded):
+    file = recorded() / "config.yaml"
+    text = file.read_text()
+    file.write_text(f"{text}zz: 1{':59' * 10_000}\n")
+    before = time.process_time()
+    assert yaml.safe_load(file.read_text())["zz"] > 60**10_000
+    careless = time.process_time() - before
+    file.write_text(f"{text}zz: 1{':59' * 80_000}\n")
+    before = time.process_time()
+    with pytest.raises(ConfigError, match=r"config\.yaml is not plain YAML: a number of too many digits"):
+        read_recorded("theirs")
+    assert time.process_time() - before < max(20 * careless, 1)
 
 
 @pytest.mark.parametrize(

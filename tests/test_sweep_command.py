@@ -37,11 +37,11 @@ def sweep(tmp_path, monkeypatch):
     """A function that writes the index of a sweep of these jobs into the working directory; its folder."""
     monkeypatch.chdir(tmp_path)
 
-    def write(*jobs, name="digits-0a1b2c3d", command=("-m", "seed=1,2"), directory=None):
+    def write(*jobs, name="digits-0a1b2c3d", command=("-m", "seed=1,2"), directory=None, **process):
         folder = tmp_path / "runs" / ".sweeps" / name
         folder.mkdir(parents=True, exist_ok=True)
         content = asdict(Sweep(list(command), str(directory or tmp_path), list(jobs)))
-        (folder / "sweep.json").write_text(json.dumps({"format": 1, **content}))
+        (folder / "sweep.json").write_text(json.dumps({"format": 1, **content, **process}))
         return Path("runs", ".sweeps", name)
 
     return write
@@ -390,12 +390,21 @@ def test_a_line_of_metrics_that_is_being_written_is_left_out(sweep):
     assert table(folder).rows[0].seconds_left == pytest.approx(160, abs=1)
 
 
-@pytest.mark.parametrize("directory", ["", "a\0b", "x" * 5000, 7, ["x"], {"x": 1}, "/dev/null", "."])
-def test_an_index_with_odd_values_is_shown_all_the_same(sweep, directory, capsys):
-    odd = {"note": 5, "traceback": [1], "host": 3, "pid": "x", "device": ["d"], "updated": 9}
-    folder = sweep(job(1, "failed", directory=directory, **odd), job(2, "running", directory=directory, **odd))
+@pytest.mark.parametrize("directory", ["", "a\0b", "x" * 5000, "/dev/null", "."])
+def test_an_index_with_odd_directories_is_shown_all_the_same(sweep, directory, capsys):
+    folder = sweep(job(1, "failed", directory=directory), job(2, "running", directory=directory))
     assert main([f"dir={folder}"]) == 0
     assert set(cells(capsys.readouterr().out)) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    "odd", [{"note": 5}, {"traceback": [1]}, {"host": 3}, {"pid": "x"}, {"device": ["d"]}, {"directory": {"x": 1}}]
+)
+def test_an_index_with_values_of_another_kind_is_one_message(sweep, odd, capsys):
+    sweep(job(1, "failed", **odd))
+    assert main([]) == 2
+    (name,) = odd
+    assert f"sweep.json is damaged: job 1: {name} is not" in capsys.readouterr().err
 
 
 def test_nothing_that_names_hold_reaches_the_terminal_as_a_command_to_it(sweep, capsys):
@@ -526,6 +535,81 @@ def test_it_ends_when_nothing_runs_or_waits(sweep, monkeypatch):
     waits = changes(monkeypatch)
     assert main(["watch=true"]) == 0
     assert sum(waits) == 0
+
+
+def test_it_ends_when_jobs_wait_for_a_command_that_is_gone_and_says_so(sweep, monkeypatch, capsys):
+    pid = dead_pid()
+    for jobs in ([job(1, "done"), job(2, run=False)], [job(1, "interrupted"), job(2, run=False)], [job(1), job(2)]):
+        sweep(*jobs, host=HOST, pid=pid)
+        done(1)
+        waits = changes(monkeypatch)
+        assert main(["watch=true"]) == 0
+        assert sum(waits) == 0
+        total, go_on = capsys.readouterr().out.rstrip().splitlines()[-2:]
+        assert total.startswith("2 jobs: ")
+        assert total.endswith(f"; stopped: process {pid}, which began it, is gone and no job is running")
+        assert go_on.startswith("go on: ")
+
+
+def test_on_a_terminal_it_ends_then_too(sweep, on_terminal, monkeypatch):
+    sweep(job(1), job(2, run=False), host=HOST, pid=dead_pid())
+    waits = changes(monkeypatch)
+    code, out = on_terminal("watch=true")
+    assert (code, waits) == (0, [])
+    assert "2 jobs: 2 waiting; stopped: process " in shown(out)
+
+
+def test_a_job_that_still_runs_is_watched_to_its_end_though_the_command_is_gone(sweep, monkeypatch, capsys):
+    pid = dead_pid()
+    sweep(job(1, "running"), job(2, run=False), host=HOST, pid=pid)
+    running(1, 1, 10.0)
+    waits = changes(monkeypatch, lambda: None, lambda: done(1))
+    assert main(["watch=true", "every=3"]) == 0
+    first, last = re.findall(r"2 jobs: .*", capsys.readouterr().out)
+    assert sum(waits) == 6
+    assert "is gone" not in first
+    assert "1 done, 1 waiting; stopped: process" in last
+
+
+@pytest.mark.parametrize(
+    ("host", "pid"),
+    [(HOST, os.getpid()), (HOST, None), (HOST, 0), ("elsewhere", "gone"), (None, "gone"), (None, None)],
+)
+def test_jobs_that_may_still_be_begun_are_waited_for(sweep, host, pid):
+    pid = dead_pid() if pid == "gone" else pid
+    folder = sweep(job(1, "done"), job(2, run=False), host=host, pid=pid)
+    done(1)
+    assert not table(folder).ended
+    assert table(folder).summary()[0] == "2 jobs: 1 done, 1 waiting"
+
+
+def test_a_sweep_from_before_the_index_had_its_process_is_waited_for(sweep):
+    folder = sweep(job(1))
+    content = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({key: content[key] for key in ("command", "directory", "jobs")}))
+    assert not table(folder).ended
+
+
+def test_a_finished_sweep_is_not_called_stopped(sweep):
+    folder = sweep(job(1, "done"), job(2, "failed"), host=HOST, pid=dead_pid())
+    done(1)
+    assert table(folder).ended
+    assert table(folder).summary()[0] == "2 jobs: 1 done, 1 failed"
+
+
+def test_what_the_command_wrote_in_its_last_moment_is_seen(sweep, monkeypatch):
+    pid = dead_pid()
+    folder = sweep(job(1), host=HOST, pid=pid)
+    look = sweep_table._is_gone
+
+    def end_meanwhile(speaker, host):
+        if speaker["pid"] == pid:
+            done(1)
+            sweep(job(1, "done"), host=HOST, pid=pid)
+        return look(speaker, host)
+
+    monkeypatch.setattr(sweep_table, "_is_gone", end_meanwhile)
+    assert table(folder).summary() == ["1 job: 1 done"]
 
 
 class Terminal(io.StringIO):

@@ -131,8 +131,6 @@ def own_exit_code(code: int) -> int:
         return code
     torch = sys.modules.get("torch")
     connected = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
-    torch = sys.modules.get("torch")
-    connected = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
     if connected or code == STOPPED:
         return 0
     time.sleep(_SECONDS_TO_SPEAK)

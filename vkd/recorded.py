@@ -1,7 +1,7 @@
 """A run's `config.yaml` as what a command starts from: `from=runs/.../config.yaml`.
 
-The file is data that somebody may have sent: it is read with YAML's safe loader, holds no interpolation, and every key
-of it is one of the schema's.
+The file is data that somebody may have sent: it is read as the config of any run from elsewhere is, holds no
+interpolation, and every key of it is one of the schema's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from vkd.command import import_training
 from vkd.config import Config, TeacherConfig, as_typed, config_directory
 from vkd.errors import ConfigError, nearest
+from vkd.records.foreign import read_foreign_file
 
 RECORDED = "recorded"
 """What the config is called among Hydra's, and its parts among the choices of their groups."""
@@ -24,8 +25,6 @@ RECORDED = "recorded"
 FROM = "from="
 """What the word begins with that names such a config."""
 
-MOST_BYTES = 2**20
-MOST_VALUES = 20_000
 _TEACHER = "recorded_teacher"
 _GROUP = FROM.rstrip("=")
 _CHOICES = {"method": [RECORDED], "recipe@teacher.recipe": _TEACHER}
@@ -108,7 +107,7 @@ def read_recorded(path: str) -> Config:
     Raises ConfigError.
     """
     file = _find(path)
-    content = _load(file)
+    content = read_foreign_file(file, expected=_EXPECTED)
     try:
         config = as_typed(Config, {key: value for key, value in content.items() if key != "divergence" or value})
     except ConfigError as error:
@@ -146,39 +145,3 @@ def _near(given: Path) -> list[Path]:
         return [above.joinpath(name, *rest) for name in nearest(missing, [entry.name for entry in above.iterdir()])]
     except (StopIteration, OSError):
         return []
-
-
-def _load(file: Path) -> dict[str, Any]:
-    """The mapping in a YAML file: plain values alone, in a reasonable number. Raises ConfigError."""
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise ConfigError(f"{file} is larger than {MOST_BYTES // 2**20} MiB", expected=_EXPECTED)
-        content = yaml.safe_load(data)
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror or error}", expected=_EXPECTED) from error
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{file} is damaged: it is no plain YAML", expected=_EXPECTED) from error
-    if not isinstance(content, dict) or not content:
-        raise ConfigError(f"{file} holds no config", expected=_EXPECTED)
-    if not {"dataset", "student"} <= set(content):
-        raise ConfigError(f"{file} is no run's config: it names no dataset and no student", expected=_EXPECTED)
-    pending: list[Any] = [content]
-    seen = 0
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            pending += [*value, *value.values()]
-        elif isinstance(value, list):
-            pending += value
-        elif not isinstance(value, (str, int, float, type(None))):
-            raise ConfigError(f"{file} holds {value!r}, which no config holds", expected=_EXPECTED)
-        elif isinstance(value, str) and "${" in value:
-            raise ConfigError(
-                f"{file} holds the interpolation {value[:80]!r}", expected="a resolved config, as every run leaves one"
-            )
-        seen += 1
-        if seen > MOST_VALUES:  # a few lines of YAML can stand for any number, or for itself
-            raise ConfigError(f"{file} holds too many values to be a config", expected=_EXPECTED)
-    return content

@@ -29,8 +29,9 @@ vkd.sweep: how the jobs of a sweep stand.
 KEYS
   dir=null          folder of a sweep, or its name in runs_root/.sweeps; null: the one that changed last
   runs_root=runs    where sweeps are looked for
-  watch=false       true: again and again until all jobs have ended or Ctrl-C; in place on a terminal, elsewhere
-                    another table whenever something has changed
+  watch=false       true: again and again until all jobs have ended or Ctrl-C, or the process that started the sweep
+                    is gone from this machine and no job is running; in place on a terminal, elsewhere another table
+                    whenever something has changed
   every=2           seconds between two looks
 
 A row is a job of the sweep, with those of its words that not all jobs share. STATES
@@ -84,7 +85,10 @@ def parse(words: Sequence[str]) -> SweepConfig:
 
 
 def watch(reader: SweepReader, console: Console, every: float) -> None:
-    """Show a sweep until all of its jobs have ended. Raises ConfigError when its index is gone."""
+    """Show a sweep until all of its jobs have ended, or nobody is left to begin them.
+
+    Raises ConfigError when its index is gone.
+    """
     if not console.is_terminal or console.is_dumb_terminal:
         shown: SweepTable | None = None
         while shown is None or not shown.ended:

@@ -77,6 +77,34 @@ def test_a_process_that_hangs_is_ended_when_another_dies_and_leaves_the_reason(t
     assert "vkd: another of the 2 processes" in out
 
 
+LEAVING = """
+import os, sys, time
+from vkd.training.distribution import join
+
+# Copies of one process, which need not import torch again.
+for port in sys.argv[1:]:
+    started = []
+    for rank in range(2):
+        started.append(os.fork())
+        if started[-1] == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_PORT=port)
+            join().gather(rank)
+            time.sleep(0.3 * rank)
+            sys.exit(2)
+    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in started), flush=True)
+"""
+
+
+def test_the_first_process_waits_for_a_later_one_and_ends_with_its_own_exit_code():
+    given = {**os.environ, "PYTHONPATH": str(Path(vkd.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    given |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ports = [str(free_port()) for _ in range(3)]
+    command = [sys.executable, "-c", LEAVING, *ports]
+    found = subprocess.run(command, env=given, capture_output=True, text=True, timeout=120)
+    assert found.stdout.splitlines() == ["2 2"] * 3, found.stderr
+    assert found.stderr == ""
+
+
 class Pretended(Processes):
     """One of several processes, by its number alone."""
 

@@ -15,55 +15,63 @@ from pathlib import Path
 from typing import Any
 
 from vkd.errors import ConfigError, UserError
-from vkd.records.reading import Damaged, clean, read_config
+from vkd.records.reading import Damaged, clean, read_config_file
 
 MOST_VALUES = 2_000
 """Keys and values of a config, which has two hundred; OmegaConf takes milliseconds for each."""
-_EXPECTED = "the directory of a run, with its config.yaml"
 _NETWORK = frozenset({"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"})
 _FOLDERS = frozenset({"os.mkdir", "tempfile.mkdtemp"})
 
 
 def read_foreign_config(folder: Path) -> dict[str, Any]:
-    """The `config.yaml` of a run directory that somebody else may have written, as plain values.
+    """What `read_foreign_file` gives of the `config.yaml` of a run directory. Raises ConfigError."""
+    return read_foreign_file(folder / "config.yaml", expected="the directory of a run, with its config.yaml")
+
+
+def read_foreign_file(file: Path, *, expected: str) -> dict[str, Any]:
+    """The config of a run that somebody else may have written, as plain values.
+
+    Args:
+        file: with any name.
+        expected: what the user should have named; part of the message where this is no config.
 
     Raises ConfigError where there is none, it is damaged, or it holds what no run leaves there: an interpolation, which
     would read the environment of whoever resolves it, or text that steers a terminal.
     """
     try:
-        content = read_config(folder)
+        content = read_config_file(file)
     except Damaged as error:
-        raise ConfigError(f"{folder}/{error}", expected=_EXPECTED) from None
+        raise ConfigError(str(error), expected=expected) from None
     if content is None:
-        raise ConfigError(f"{folder / 'config.yaml'} cannot be read: there is none", expected=_EXPECTED)
+        raise ConfigError(f"{file} cannot be read: there is none", expected=expected)
     if not {"dataset", "student"} <= set(content):
-        raise ConfigError(f"{folder} is not the directory of a run: its config.yaml names no dataset and no student")
+        raise ConfigError(f"{file} is no run's config: it names no dataset and no student", expected=expected)
     pending: list[Any] = [content]
     seen = 0
     while pending:
         value = pending.pop()
         seen += 1
         if seen > MOST_VALUES:
-            raise ConfigError(f"{folder / 'config.yaml'} holds too many values to be a config", expected=_EXPECTED)
+            raise ConfigError(f"{file} holds too many values to be a config", expected=expected)
         if isinstance(value, dict):
             odd = [key for key in value if not isinstance(key, str)]
             if odd:
-                raise _odd(folder, f"the key {clean(repr(odd[0]), 60)}")
+                raise _odd(file, f"the key {clean(repr(odd[0]), 60)}")
             pending += [*value, *value.values()]
         elif isinstance(value, list):
             pending += value
         elif isinstance(value, str) and "${" in value:
-            raise _odd(folder, f"the interpolation {clean(repr(value), 60)}")
+            raise _odd(file, f"the interpolation {clean(repr(value), 60)}")
         elif isinstance(value, str) and not value.isprintable():
-            raise _odd(folder, f"the text {clean(repr(value), 60)}")
+            raise _odd(file, f"the text {clean(repr(value), 60)}")
         elif not isinstance(value, (str, int, float, type(None))):
-            raise _odd(folder, f"the value {clean(repr(value), 60)}")
+            raise _odd(file, f"the value {clean(repr(value), 60)}")
     return content
 
 
-def _odd(folder: Path, what: str) -> ConfigError:
+def _odd(file: Path, what: str) -> ConfigError:
     return ConfigError(
-        f"{folder / 'config.yaml'} holds {what}, which no run leaves there",
+        f"{file} holds {what}, which no run leaves there",
         expected="resolved values: text, numbers, true, false, null, lists and mappings of them",
         hint="look at who wrote this file before you use it",
     )

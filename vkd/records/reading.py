@@ -251,6 +251,14 @@ def read_config(path: str | Path) -> dict[str, Any] | None:
     return _read_yaml(str(path), "config.yaml")
 
 
+def read_config_file(file: str | Path) -> dict[str, Any] | None:
+    """What `read_config` reads, of a file of any name; None where there is none.
+
+    Raises Damaged, whose message begins with the path.
+    """
+    return _read_yaml("", str(file))
+
+
 def number(value: Any) -> float | None:
     """`value` as a float; None where it is no finite number. A bool is no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

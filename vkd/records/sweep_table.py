@@ -77,16 +77,23 @@ class SweepTable:
 
     name: of its folder.
     command: that goes on with it.
+    gone: the process of the command that started it, where that is known to have ended; None otherwise.
     """
 
     name: str
     command: str
     rows: list[Row]
+    gone: int | None = None
 
     @property
     def ended(self) -> bool:
-        """Whether no job runs or waits."""
-        return not any(row.state in (RUNNING, WAITING) for row in self.rows)
+        """Whether no job runs, and none waits for a command that may still begin it."""
+        return not self._has(RUNNING) and (self.gone is not None or not self._has(WAITING))
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether jobs wait, and the command that would have begun them is gone."""
+        return self.ended and self._has(WAITING)
 
     @property
     def keys(self) -> list[str]:
@@ -109,7 +116,7 @@ class SweepTable:
         usual = sum(took) / len(took) if took else 0.0
         left = [usual * row.share_left if row.seconds_left is None else row.seconds_left for row in running]
         waiting = sum(usual * row.share_left for row in self.rows if row.state == WAITING)
-        if not took and any(row.state == WAITING for row in self.rows):
+        if not took and self._has(WAITING):
             return None
         return max(*left, (sum(left) + waiting) / len(running))
 
@@ -121,9 +128,14 @@ class SweepTable:
         total = f"{len(self.rows)} job{'s' * (len(self.rows) != 1)}: {parts or 'none'}"
         left = self.seconds_left
         lines = [total if left is None else f"{total}; about {show_seconds(left)} left"]
+        if self.abandoned:
+            lines[0] += f"; stopped: process {self.gone}, which began it, is gone and no job is running"
         if counts[DONE] < len(self.rows):
             lines.append(f"go on: {self.command}")
         return lines
+
+    def _has(self, state: str) -> bool:
+        return any(row.state == state for row in self.rows)
 
 
 def find_sweep(name: str | None, runs_root: str) -> Path:
@@ -190,13 +202,19 @@ class SweepReader:
 
     def read(self) -> SweepTable:
         """The table as it is now. Raises ConfigError where the index cannot be read."""
+        table = self._read_once()
+        # The command may have ended between the reading of its files and the look at its process.
+        return self._read_once() if table.abandoned else table
+
+    def _read_once(self) -> SweepTable:
         try:
             sweep = read_sweep(self.folder / FILE_NAME)
         except ConfigError as error:  # the names of files may hold anything
             raise ConfigError(clean(error.problem), expected=error.expected, hint=clean(error.hint)) from error
         now, host = time.time(), socket.gethostname()
         rows = [self._row(job, Path(sweep.directory), now, host) for job in sweep.jobs]
-        return SweepTable(_text(self.folder), _command(sweep), rows)
+        gone = sweep.pid if _is_gone({"host": sweep.host, "pid": sweep.pid}, host) else None
+        return SweepTable(_text(self.folder), _command(sweep), rows, gone)
 
     def _row(self, job: Job, directory: Path, now: float, host: str) -> Row:
         troubles: list[str] = []

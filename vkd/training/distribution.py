@@ -376,6 +376,10 @@ class _Several(Processes):
         with contextlib.suppress(RuntimeError):
             if self.is_first:
                 self._noticed.set()
+                self._farewell.join(PATIENCE_SECONDS)
+                if self._farewell.is_alive():
+                    # It still uses the group, which would abort the process if it were taken from under it.
+                    return
             else:
                 dist.gather(torch.zeros(1), None, group=self._watch)
             dist.destroy_process_group()

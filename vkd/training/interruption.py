@@ -47,13 +47,19 @@ gets it once the checkpoint is written."""
 def stop_on_signals() -> Iterator[StopRequest]:
     """SIGINT and SIGTERM become a request; a second one of either stops at once, as Python does by itself.
 
+    SIGUSR1 and SIGUSR2 become one too where somebody handles them: the handler is called at the end of the context,
+    when what the request stopped has left its checkpoint.
+
     Among several processes one that follows the first at once is the same request, which their launcher has passed on
     while a terminal or a scheduler sent it to all.
 
-    So do SIGUSR1 and SIGUSR2 where somebody handles them: the handler is called at the end of the context, when what
-    the request stopped has left its checkpoint.
-
     Signals reach the main thread alone, so elsewhere this changes nothing.
+
+    A worker of a cluster has `scheduler_answered` (`hydra_plugins.vkd_launchers.worker`) around this, and needs both.
+    This one is there while runs train, of any command, and lets the step in hand end. That one is there for as long as
+    the worker is at its jobs: before and between runs, while torch is imported or a job is looked at, no step is in
+    hand, and it ends the work at once; and it keeps submitit's handler, which leaves the process, until not only the
+    checkpoint but also what became of each job is written.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -65,7 +71,6 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if signal.Signals(number).name in _WARNING and not callable(before[number]):
             del before[number]
     put_off: dict[int, FrameType | None] = {}
-
     asked_at = math.inf
 
     def note(number: int, frame: FrameType | None) -> None:
