@@ -12,6 +12,7 @@ from PIL import Image
 from records.studies import result, write_run
 
 import vkd
+import vkd.records.terminal
 from vkd.collect import main
 
 
@@ -31,7 +32,8 @@ def study(tmp_path, monkeypatch):
 def test_a_study_is_written_and_shown(study, tmp_path, capsys):
     assert main(["study=quickstart"]) == 0
     folder = tmp_path / "results" / "quickstart"
-    assert sorted(path.name for path in folder.iterdir()) == ["accuracy.png", "accuracy.svg", "table.csv", "table.md"]
+    names = ["accuracy.png", "accuracy.svg", "table.csv", "table.md", "table.tex"]
+    assert sorted(path.name for path in folder.iterdir()) == names
     table = (folder / "table.md").read_text()
     assert capsys.readouterr().out == table
     assert table.startswith("# quickstart: test top-1 (%)\n\n    python -m vkd.collect study=quickstart\n")
@@ -60,6 +62,98 @@ def test_another_metric_and_other_roots_can_be_asked_for(study, tmp_path, capsys
     assert "# quickstart: val top-1 (%)" in table
     assert str(tmp_path) not in table
     assert not (tmp_path / "results").exists()
+
+
+def test_another_baseline_can_be_asked_for_and_is_named_in_every_file(study, tmp_path, capsys):
+    assert main(["study=quickstart", "baseline=kd abkd (0.8, 0.3)"]) == 0
+    folder = tmp_path / "results" / "quickstart"
+    table = (folder / "table.md").read_text()
+    assert "    python -m vkd.collect study=quickstart 'baseline=kd abkd (0.8, 0.3)'\n" in table
+    assert "| to kd abkd (0.8, 0.3) |" in " ".join(table.split())
+    lines = list(csv.DictReader(io.StringIO((folder / "table.csv").read_text())))
+    assert [line["difference_to_baseline"] for line in lines] == ["-2.0", "-1.0", ""]
+    assert [line["difference_to_baseline_pairs"] for line in lines] == ["2", "2", ""]
+    assert "To kd abkd (0.8, 0.3)" in (folder / "table.tex").read_text()
+    assert main(["study=quickstart", "baseline=none"]) == 0
+    header = next(line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| method"))
+    assert header.split("|")[-2].strip() == "to plain"
+
+
+def test_keys_of_the_config_make_rows_and_columns_that_are_asked_for(study, tmp_path, capsys):
+    for seed in (1, 2, 3):
+        write_run(study, result(seed=seed, top1=95.0, recipe={"epochs": 40}))
+    assert main(["study=quickstart", "rows=method,divergence.temperature", "columns=dataset,recipe.epochs"]) == 0
+    out = capsys.readouterr().out
+    assert "study=quickstart rows=method,divergence.temperature columns=dataset,recipe.epochs\n" in out
+    header = next(line for line in out.splitlines() if line.startswith("| method"))
+    assert re.findall(r"epochs=\d+", header) == ["epochs=20", "epochs=40"]
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "results" / "quickstart" / "table.csv").read_text())))
+    assert [(line["method"], line["recipe.epochs"], line["variant"]) for line in lines] == [
+        ("none", "20.0", ""),
+        ("kd", "20.0", "divergence.temperature=4"),
+        ("kd", "40.0", "divergence.temperature=4"),
+        ("kd", "20.0", "divergence.temperature=4"),
+    ]
+    assert main(["study=quickstart", "rows=none", "columns=null"]) == 0
+    assert "variant" in capsys.readouterr().out  # the epochs split the row again
+
+
+def changes(monkeypatch, *steps):
+    """Take the steps, one a pause of the command, then press Ctrl-C; the pauses, in seconds."""
+    left, waits = list(steps), []
+
+    def wait(seconds):
+        waits.append(seconds)
+        if not left:
+            raise KeyboardInterrupt
+        left.pop(0)()
+
+    monkeypatch.setattr(vkd.records.terminal.time, "sleep", wait)
+    return waits
+
+
+def test_watching_prints_the_table_whenever_it_has_changed_writes_nothing_and_ends_with_ctrl_c(
+    study, tmp_path, monkeypatch, capsys
+):
+    waits = changes(
+        monkeypatch, lambda: None, lambda: write_run(study, result(seed=4, top1=95.0)) and None, lambda: None
+    )
+    assert main(["study=quickstart", "watch=true", "every=3"]) == 130
+    out = capsys.readouterr().out
+    assert out.count("# quickstart: test top-1 (%)") == 2
+    first, second = out.split("# quickstart")[1:]
+    assert "92.00 ± 1.00 (3)" in first
+    assert "92.75 ± 1.71 (4)" in second
+    assert len(waits) == 4
+    assert min(waits) >= 3
+    assert not (tmp_path / "results").exists()
+
+
+def test_watching_a_large_study_takes_no_more_than_half_of_the_time(study, monkeypatch, capsys):
+    clock = iter(range(0, 1000, 7))
+    waits = changes(monkeypatch)
+    monkeypatch.setattr(vkd.records.terminal.time, "monotonic", lambda: float(next(clock)))
+    assert main(["study=quickstart", "watch=true", "every=2"]) == 130
+    assert waits == [7.0]
+
+
+def test_on_a_terminal_a_watched_table_is_redrawn_in_place(study, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    for name, value in {"COLUMNS": "160", "LINES": "60", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    changes(monkeypatch, lambda: write_run(study, result(seed=4, top1=95.0)) and None)
+    assert main(["study=quickstart", "watch=true"]) == 130
+    sent = terminal.getvalue()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", sent)
+    assert "92.00 ± 1.00 (3)" in shown
+    assert "92.75 ± 1.71 (4)" in shown
+    assert re.search(r"\x1b\[\d*A", sent)  # the cursor goes up, over the table before
+    assert "hole: kd abkd (0.8, 0.3)" in shown
 
 
 def test_every_kind_of_hole_leaves_the_rest_standing(study, tmp_path, capsys):
@@ -110,6 +204,14 @@ def test_nothing_to_collect_is_said_with_the_folder_and_the_studies_that_exist(s
         (["study=../elsewhere"], "is no name of a study"),
         (["study=/tmp"], "is no name of a study"),
         (["study=quickstart", "metric=test/top"], "metric=test/top1"),
+        (["study=quickstart", "baseline=kd abdk (0.8, 0.3)"], "try: 'baseline=kd abkd (0.8, 0.3)'"),
+        (["study=quickstart", "baseline=kd rkld"], "no row is called 'kd rkld'"),
+        (["study=quickstart", "rows=divergence.temprature"], "try: rows=divergence.temperature"),
+        (["study=quickstart", "columns=recipe.epoch"], "try: columns=recipe.epochs"),
+        (["study=quickstart", "watch=perhaps"], "watch=perhaps is not what this key takes\n  expected: true or false"),
+        (["study=quickstart", "watch=true", "every=soon"], "expected: seconds, above 0"),
+        (["study=quickstart", "watch=true", "every=0"], "every=0.0 is no time to wait"),
+        (["study=quickstrat", "watch=true"], "there is no folder runs/quickstrat"),
     ],
 )
 def test_wrong_words_are_answered_with_the_right_ones(study, words, message, tmp_path, capsys):
@@ -133,7 +235,19 @@ def test_results_that_cannot_be_written_are_a_message(study, tmp_path, capsys):
 def test_help_is_a_page_and_no_error(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for key in ("study=", "metric=", "runs_root=", "results_root=", "published=", "published_rows="):
+    for key in (
+        "study=",
+        "metric=",
+        "baseline=",
+        "runs_root=",
+        "results_root=",
+        "published=",
+        "published_rows=",
+        "rows=",
+        "columns=",
+        "watch=",
+        "every=",
+    ):
         assert key in out
     for reason in ("dataset.val_fraction is", "dataset.train_fraction is", "epochs are not known"):
         assert reason in out
@@ -217,7 +331,7 @@ def test_own_published_figures_can_be_added_and_all_can_be_left_out(published_st
         (["published=nowhere.csv"], "there is no nowhere.csv"),
         (["published=wrong.csv"], "wrong.csv, line 2: top1 = 'seventy'"),
         (["published=misspelt.csv"], "try: divergence.temperature=..."),
-        (["published_rows=maybe"], "published_rows=maybe is no switch"),
+        (["published_rows=maybe"], "published_rows=maybe is not what this key takes\n  expected: true or false"),
         (["publishd=none"], "try: published=none"),
     ],
 )

@@ -1,22 +1,27 @@
 import csv
 import io
 import itertools
+import random
 import statistics
 
 import pytest
+import scipy.stats
 
-from records.studies import result
+from records.studies import digest, result
+from vkd.errors import ConfigError
 from vkd.records.grouping import build_table
+from vkd.records.published import ClassificationFigure
 from vkd.records.reading import Run
-from vkd.records.tables import grid, holes, metric_title, notes, to_csv, to_markdown
+from vkd.records.tables import grid, holes, metric_title, notes, show_p_value, to_csv, to_markdown
 
 
 def done(*contents):
     return [Run(f"quickstart/pair/{index:03}", "done", "", content) for index, content in enumerate(contents)]
 
 
-def make(*contents, metric="test/top1", more=()):
-    return build_table([*done(*contents), *more], study="quickstart", metric=metric, command="the command")
+def make(*contents, metric="test/top1", more=(), **settings):
+    runs = [*done(*contents), *more]
+    return build_table(runs, study="quickstart", metric=metric, command="the command", **settings)
 
 
 def seeds(method="kd", divergence="fkld", tops=(90.0, 91.0, 92.5), start=1, **settings):
@@ -52,7 +57,8 @@ def test_differences_to_the_plain_student_and_to_kd_are_paired_by_seed():
     assert float(dkd["difference_to_kd"]) == 1.25
     assert float(plain["difference_to_kd"]) == -0.75
     assert (dkd["difference_to_kd_pairs"], dkd["difference_to_plain_pairs"]) == ("2", "2")
-    assert grid(table)[1][-1][5:] == ["+2.00 ± 1.41", "+1.25 ± 1.06"]
+    # The spreads are 2 / 2^0.5 and 1.5 / 2^0.5, t(0.975, 1) is 12.7062; two signs give no p below 1/2.
+    assert grid(table)[1][-1][5:] == ["+2.00 [-10.71, +14.71] p=0.5", "+1.25 [-8.28, +10.78] p=0.5"]
 
 
 def test_where_seeds_do_not_coincide_the_difference_is_marked_as_one_of_means():
@@ -154,7 +160,7 @@ def test_plain_training_stands_in_every_column_of_its_data_and_student():
     ]
     plain, kd = body[1:]
     assert [plain[index].split(" (")[0] for index in (4, 7, 10)] == ["50.50 ± 0.71", "90.50 ± 0.71", "90.50 ± 0.71"]
-    assert [kd[index] for index in (5, 8, 11)] == ["-", "+1.50 ± 0.71", "+2.50 ± 0.71"]
+    assert [kd[index].split(" [")[0] for index in (5, 8, 11)] == ["-", "+1.50", "+2.50"]
     assert len(header) == len(plain) == 13
 
 
@@ -338,3 +344,218 @@ def test_numbers_in_the_csv_are_not_rounded():
     (line,) = lines(make(*seeds(tops=(1 / 3,))))
     assert float(line["mean"]) == 1 / 3
     assert line["std"] == ""
+
+
+def test_intervals_and_p_values_of_differences_are_those_of_scipy():
+    generator = random.Random(3)
+    for n in (3, 10, 11):
+        ours, theirs = ([generator.gauss(90, 1) for _ in range(n)] for _ in range(2))
+        table = make(*seeds(tops=theirs), *seeds("dkd", "fkld", ours))
+        line = lines(table)[-1]
+        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+        scale = scipy.stats.sem(differences)
+        low, high = scipy.stats.t.interval(0.95, n - 1, loc=statistics.mean(differences), scale=scale)
+        assert float(line["difference_to_kd_low"]) == pytest.approx(low, abs=1e-9)
+        assert float(line["difference_to_kd_high"]) == pytest.approx(high, abs=1e-9)
+        if n > 10:
+            expected, test = scipy.stats.ttest_rel(ours, theirs).pvalue, "paired t"
+        else:
+            signs = itertools.product((-1, 1), repeat=n)
+            sums = [abs(sum(s * d for s, d in zip(choice, differences, strict=True))) for choice in signs]
+            expected = sum(total >= abs(sum(differences)) - 1e-9 for total in sums) / 2**n
+            test = "sign-flip permutation"
+        assert float(line["difference_to_kd_p"]) == pytest.approx(expected, abs=1e-9)
+        assert line["difference_to_kd_test"] == test
+        assert f"of {'a' if n > 10 else 'an exact'} {test} test over" in text(table)
+
+
+def test_one_seed_has_a_difference_and_neither_interval_nor_p_value():
+    table = make(*seeds(tops=(91.0,)), *seeds("dkd", "fkld", (92.0,)))
+    line = lines(table)[-1]
+    assert (line["difference_to_kd"], line["difference_to_kd_pairs"]) == ("1.0", "1")
+    assert [line[f"difference_to_kd_{name}"] for name in ("std", "low", "high", "p", "test")] == [""] * 5
+    assert grid(table)[1][-1][-1] == "+1.00"
+    assert "p is two-sided" not in text(table)
+
+
+def test_a_small_p_value_is_never_shown_as_nothing():
+    assert (show_p_value(0.25), show_p_value(0.0078125), show_p_value(1.0)) == ("p=0.25", "p=0.0078", "p=1")
+    assert show_p_value(0.0) == show_p_value(0.00099) == "p<0.001"
+
+
+def test_any_row_can_be_the_baseline_by_its_name_with_or_without_its_variant():
+    contents = [*seeds(tops=(91.0, 91.0)), *seeds("kd", "abkd", (93.0, 94.0), point=(0.8, 0.3))]
+    contents += seeds("kd", "abkd", (97.0, 98.0), point=(0.8, 0.3), recipe={"epochs": 2})
+    for name in ("kd abkd (0.8, 0.3)", " kd  abkd (0.8, 0.3) [recipe.epochs=20] "):
+        table = make(*contents, baseline=name)
+        kd, *others = lines(table)
+        assert kd["difference_to_baseline"] == "-2.5"
+        assert "difference_to_kd" not in kd
+    assert [line["difference_to_baseline"] for line in others] == ["", ""]
+    assert "none has the same recipe.epochs" in text(table)
+
+
+def test_where_the_plain_student_is_the_only_baseline_a_column_has_two_texts():
+    contents = [*seeds("none", None), *seeds(), *seeds(teacher="another")]
+    header, body = grid(make(*contents, baseline="none"))
+    assert header[5::2] == ["to plain", "to plain"]
+    assert {len(line) for line in body} == {len(header)} == {8}
+
+
+def test_a_baseline_that_no_row_has_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"no row is called 'kd abkd \(8, 3\)'") as caught:
+        make(*seeds(), *seeds("kd", "abkd", point=(0.8, 0.3)), baseline="kd abkd (8, 3)")
+    assert "'baseline=kd abkd (0.8, 0.3)'" in caught.value.hint
+
+
+def points(*values, **settings):
+    """Runs of kd abkd at (0.1, 0), (0.2, 0), ..., each with its mean val and test top-1."""
+    return [
+        run
+        for index, (val, top1) in enumerate(values, 1)
+        for run in seeds("kd", "abkd", (top1 - 1, top1 + 1), val=val, point=(index / 10, 0), **settings)
+    ]
+
+
+def again(*contents, tops):
+    """The same runs without a validation split, at these accuracies."""
+    made = []
+    for content, top1 in zip(contents, tops, strict=True):
+        dataset = content["dataset"] | {"val_fraction": 0.0, "train": 1297}
+        metrics = content["metrics"] | {"val/top1": None, "test/top1": top1}
+        content = {**content, "dataset": dataset, "metrics": metrics}
+        content |= {"group": digest(content["group"]), "fingerprint": digest(content["fingerprint"])}
+        made.append(content)
+    return made
+
+
+def test_the_point_of_a_grid_with_the_best_val_is_chosen_and_what_test_would_have_gained_is_stated():
+    table = make(*seeds(), *points((80.0, 95.0), (82.0, 91.5), (81.0, 96.25)))
+    assert [line["chosen_from_grid"] for line in lines(table)] == ["", "0", "1", "0"]
+    assert [line["test_selection_gain"] for line in lines(table)] == ["", "", "4.75", ""]
+    assert grid(table)[1][3][4] == "91.50 ± 1.41 (2)¶"
+    assert (
+        "kd abkd (0.2, 0) (digits: cifar_resnet20 -> cifar_resnet8_width4) was chosen from 3 points: test top-1 (%) "
+        "91.50 ± 1.41; selecting on test would have gained +4.75; it was not run at dataset.val_fraction=0."
+        in text(table)
+    )
+
+
+def test_of_points_with_equal_val_the_first_is_chosen_though_their_sums_round_otherwise():
+    contents = points((80.0, 90.0), (80.0, 95.0))
+    for content, val in zip(contents, (80.1, 80.3, 80.0, 80.4), strict=True):
+        content["metrics"]["val/top1"] = val
+    assert [line["chosen_from_grid"] for line in lines(make(*contents))] == ["1", "0"]
+
+
+def test_points_of_other_methods_divergences_recipes_or_teachers_are_no_points_of_a_grid():
+    table = make(
+        *points((80.0, 95.0)), *points((90.0, 95.0), recipe={"epochs": 2}), *seeds("kd", "rkld"), *seeds("dkd", "abkd")
+    )
+    assert {line["chosen_from_grid"] for line in lines(table)} == {""}
+    assert "¶" not in to_markdown(table)
+
+
+def test_weights_and_temperatures_make_a_grid_as_well():
+    contents = [*seeds(val=80.0), *seeds(val=85.0)]
+    for run in contents[3:]:
+        run["divergence"]["temperature"] = 2.0
+        run["group"], run["fingerprint"] = digest("warm"), digest("warm", run["seed"])
+    table = make(*contents)
+    assert [(line["variant"], line["chosen_from_grid"]) for line in lines(table)] == [
+        ("divergence.temperature=2", "1"),
+        ("divergence.temperature=4", "0"),
+    ]
+
+
+def test_what_selecting_on_test_gains_goes_down_where_less_is_better_and_is_not_said_of_val():
+    contents = points((80.0, 95.0), (82.0, 91.5))
+    for content, nll in zip(contents, (0.2, 0.2, 0.7, 0.7), strict=True):
+        content["metrics"]["test/nll"] = nll
+    (gain,) = {line["test_selection_gain"] for line in lines(make(*contents, metric="test/nll"))} - {""}
+    assert float(gain) == pytest.approx(-0.5)
+    assert {line["test_selection_gain"] for line in lines(make(*contents, metric="val/top1"))} == {""}
+
+
+def test_a_grid_whose_points_have_other_seeds_is_warned_of():
+    assert "different seeds" not in text(make(*points((80.0, 95.0), (82.0, 91.5))))
+    assert "different seeds" in text(make(*points((80.0, 95.0), (82.0, 91.5))[1:]))
+
+
+def test_of_a_grid_the_choice_without_a_val_split_alone_stands_beside_published_figures():
+    pair = {"dataset": "digits", "teacher": "cifar_resnet20", "student": "cifar_resnet8_width4"}
+    figures = [
+        ClassificationFigure(
+            **pair, label="ABKD", method="kd", divergence="abkd", alpha=a, beta=0.0, top1=94.0, source="x", epochs=20
+        )
+        for a in (0.1, 0.2)
+    ]
+    grid_runs = points((80.0, 95.0), (82.0, 91.5))
+    table = make(*grid_runs, published=figures)
+    assert [line["published_top1"] for line in lines(table)] == ["94.0", "94.0"]
+    assert all("val_fraction" in line["not_comparable"] for line in lines(table))
+    table = make(*grid_runs, *again(*grid_runs, tops=(99.0, 99.0, 93.0, 94.0)), published=figures)
+    stated = {(line["alpha"], line["variant"][-1]): line["published_top1"] for line in lines(table)}
+    assert stated == {("0.1", "2"): "", ("0.1", "0"): "", ("0.2", "2"): "", ("0.2", "0"): "94.0"}
+    assert {line["difference_to_published"] for line in lines(table)} == {"", "-0.5"}
+    assert "at dataset.val_fraction=0 it has 93.50 ± 0.71 (2), the only figure of its grid" in text(table)
+
+
+def test_a_row_with_another_recipe_and_no_val_split_is_not_the_choice_trained_again():
+    grid_runs = points((80.0, 95.0), (82.0, 91.5))
+    others = again(*points((80.0, 95.0), (82.0, 91.5), recipe={"epochs": 2}), tops=(1.0, 1.0, 2.0, 2.0))
+    assert "it was not run at dataset.val_fraction=0" in text(make(*grid_runs, *others))
+
+
+def test_a_key_that_makes_columns_splits_no_row_and_plain_students_stand_where_they_do_not_contradict_it():
+    contents = [*seeds("none", None), *seeds(recipe={"epochs": 2}), *seeds(tops=(95.0,))]
+    table = make(*contents, column_keys=["recipe.epochs"])
+    assert [column.title for column in table.columns] == [
+        f"digits: cifar_resnet20 -> cifar_resnet8_width4, recipe.epochs={epochs}" for epochs in (2, 20)
+    ]
+    plain, kd = grid(table)[1][1:]
+    assert (plain[4], plain[7]) == ("-", "91.17 ± 1.26 (3)*")
+    assert (kd[4], kd[7]) == ("91.17 ± 1.26 (3)", "95.00 (1 of 3)*")
+    table = make(*contents, column_keys=["divergence.temperature"])
+    assert len(table.columns) == 1  # plain training has no temperature, and stands beside whatever the others have
+
+
+def test_a_setting_in_the_csv_is_no_formula_in_a_spreadsheet():
+    content = result(recipe={"note": "=1+1"})
+    (line,) = lines(make(content, column_keys=["recipe.note", "recipe.epochs"]))
+    assert (line["recipe.note"], line["recipe.epochs"]) == ("'=1+1", "20.0")
+
+
+def test_columns_are_ordered_by_number():
+    contents = [*seeds(recipe={"epochs": 100}), *seeds(recipe={"epochs": 20}), *seeds(recipe={"epochs": None})]
+    table = make(*contents, column_keys=["recipe.epochs"])
+    assert [column.settings[0][1] for column in table.columns] == [20.0, 100.0, None]
+
+
+def test_a_key_that_makes_rows_is_named_though_no_two_rows_differ_in_it_alone():
+    contents = [*seeds("none", None), *seeds(), *seeds("kd", "rkld")]
+    table = make(*contents, row_keys=["method", "recipe.epochs", "divergence.temperature"])
+    assert [row.variant for row in table.rows] == ["recipe.epochs=20"] + [
+        "recipe.epochs=20, divergence.temperature=4"
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem", "hint"),
+    [
+        ({"row_keys": ["recipe.epoch"]}, "rows: no run has the key 'recipe.epoch'", "rows=recipe.epochs"),
+        ({"column_keys": ["datset"]}, "columns: no run has the key 'datset'", "columns=dataset"),
+        ({"column_keys": ["divergence.alpha"]}, "divergence.alpha makes rows and cannot make columns", ""),
+        ({"row_keys": ["student"]}, "student makes columns and cannot make rows", ""),
+        (
+            {"row_keys": ["precision"], "column_keys": ["precision"]},
+            "precision makes columns and cannot make rows",
+            "",
+        ),
+    ],
+)
+def test_a_key_that_no_run_has_or_that_is_elsewhere_is_answered(settings, problem, hint):
+    with pytest.raises(ConfigError) as caught:
+        make(*seeds(), **settings)
+    assert problem in caught.value.problem
+    assert hint in caught.value.hint

@@ -5,10 +5,16 @@ The rules, in one place:
 - Runs are averaged when they differ in their seed alone: the same `group` fingerprint, and nothing else that a record
   states apart but measurements and what the fingerprint leaves out.
 - A row is a method, a divergence, alpha and beta. Where anything else tells apart two groups of one cell, the row is
-  split, and its `variant` names the keys that differ.
-- Plain training has no teacher, so it stands in every column of its data set and student.
-- A difference is stated between groups of the same data, recipe and precision (and teacher, for the one to KD) only.
+  split, and its `variant` names the keys that differ, as well as those that are asked for.
+- A column is a data set, a teacher and a student, and the keys that are asked for.
+- Plain training has no teacher, so it stands in every column of its data set and student that it does not contradict.
+- A difference is stated between groups of the same data, recipe and precision only, and of the same teacher where both
+  have one. It is to the plain student and to a baseline: KD, or the rows whose name is given.
 - The mark of the best row looks at the validation set.
+- Rows of one method and divergence that differ in nothing but the settings of these two (alpha, beta, temperature,
+  weights) are the points of a grid. The one with the best mean val/top1 is its choice, the first of several; test is
+  never asked. What asking it would have gained is stated.
+- A choice that was trained again at dataset.val_fraction=0 is the only row of its grid beside published figures.
 - A published figure stands beside the rows of its method, divergence, alpha and beta whose settings do not contradict
   the published ones. It is of test top-1, so no other metric has one beside it. Our difference to it is stated unless
   the epochs are others or those published are not known, dataset.val_fraction is not 0, dataset.train_fraction is not
@@ -21,10 +27,11 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vkd.errors import ConfigError, list_names, nearest
 from vkd.records.published import SIZES, TEACHER, ClassificationFigure
 from vkd.records.reading import Run, clean
 from vkd.records.statistics import Difference, Summary, compare, summarise
@@ -36,26 +43,44 @@ SELECTION = "val/top1"
 _HASH = re.compile(r"[0-9a-f]{40,64}")
 _FREE = ("method.", "divergence.", "cross_entropy_weight")  # what may differ between a row and its baseline
 _IN_KEY = frozenset({"divergence.name", "divergence.alpha", "divergence.beta"})
+_OF_VAL = frozenset({"dataset.val_fraction", "dataset.val", "dataset.train"})  # what retraining on all of train changes
+_OF_ROWS = frozenset({"method", "divergence"}) | _IN_KEY
+_OF_COLUMNS = frozenset({"dataset", "teacher", "student", "dataset.name", "teacher.arch", "student.arch"})
+KD, PLAIN = "kd", "none"
+"""Baselines that need not be spelt as the label of a row."""
+
+PERCENT = re.compile(r"(top\d+|agreement)(_.*)?")
+"""Names of metrics, without their split, that are percentages, of which more is better."""
+
+LOWER_IS_BETTER = frozenset({"nll", "ece", "teacher_kl"})
 PUBLISHED_METRIC = "test/top1"
 TEACHER_TOLERANCE = 1.0  # points of accuracy between two teachers beyond which their students do not compare
 _FIRST_METHODS = {"none": 0, "kd": 1}
 _FIRST_DIVERGENCES = {"": -1, "fkld": 0, "rkld": 1}
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Column:
-    """A data set, a teacher (empty where there are plain runs only) and a student."""
+    """A data set, a teacher (empty where there are plain runs only) and a student.
+
+    settings: names and values of the further keys of the config that tell columns apart.
+    """
 
     dataset: str
     teacher: str
     student: str
+    settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def title(self) -> str:
         """The column's header."""
-        return (
-            f"{self.dataset}: {self.teacher} -> {self.student}" if self.teacher else f"{self.dataset}: {self.student}"
-        )
+        pair = f"{self.teacher} -> {self.student}" if self.teacher else self.student
+        return "".join([f"{self.dataset}: {pair}", *(f", {name}={show(value)}" for name, value in self.settings)])
+
+    @property
+    def order(self) -> tuple:
+        """By data set, teacher and student, then by the values of the settings."""
+        return (self.dataset, self.teacher, self.student, _order(tuple(value for _, value in self.settings)))
 
 
 @dataclass(frozen=True)
@@ -145,8 +170,10 @@ class Cell:
     """One group in one column.
 
     values: the metric by seed; `summary` their mean, None where there are none.
-    to_plain, to_kd: difference to the baseline, None where there is none; `remarks` say why.
+    to_plain, to_baseline: difference to the plain student and to the table's baseline, None where there is none;
+        `remarks` say why.
     best: whether this is the best mean val/top1 of the column; mixed: whether the runs' environments differ.
+    chosen: whether val/top1 chose it from its grid; None where it is no point of a grid.
     published: what others report for it; other_settings: their figures of the same method with settings not ours.
     """
 
@@ -155,11 +182,12 @@ class Cell:
     summary: Summary | None = None
     val: Summary | None = None
     to_plain: Difference | None = None
-    to_kd: Difference | None = None
+    to_baseline: Difference | None = None
     holes: list[Hole] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     best: bool = False
     mixed: bool = False
+    chosen: bool | None = None
     published: list[Published] = field(default_factory=list)
     other_settings: list[ClassificationFigure] = field(default_factory=list)
 
@@ -206,9 +234,28 @@ class PublishedRow:
 
 
 @dataclass
+class Selection:
+    """The choice among the points of a grid in one column, by mean val/top1.
+
+    points: the rows of the grid that have a val/top1, in their order; chosen: the one of them with the best mean.
+    gain: the best mean of the table's metric over `points` minus that of `chosen`, which choosing by that metric would
+        have gained; None for a metric that is not of test or that has no better and worse.
+    retrained: the row of the same settings at dataset.val_fraction=0.
+    """
+
+    column: Column
+    points: list[Row]
+    chosen: Row
+    gain: float | None = None
+    retrained: Row | None = None
+
+
+@dataclass
 class Table:
     """What a table says, before it has a form.
 
+    baseline: what `Cell.to_baseline` is the difference to, in words; empty where it is to plain students alone.
+    selections: the choices among the points of grids.
     unplaced: runs that belong to no cell, with their reasons; remarks: what else a reader must know.
     published_rows: what others report for these columns and no row has beside it, where that was asked for.
     """
@@ -222,6 +269,8 @@ class Table:
     unplaced: list[Hole]
     remarks: list[str]
     published_rows: list[PublishedRow] = field(default_factory=list)
+    baseline: str = "KD"
+    selections: list[Selection] = field(default_factory=list)
 
     def has_published(self, index: int) -> bool:
         """Whether anything published stands in the column at `index`."""
@@ -238,25 +287,40 @@ def build_table(
     command: str,
     published: Iterable[ClassificationFigure] = (),
     published_rows: bool = False,
+    baseline: str = KD,
+    row_keys: Sequence[str] = (),
+    column_keys: Sequence[str] = (),
 ) -> Table:
     """The table of `metric` over `runs`; `command` is what made it.
 
+    Raises ConfigError where no row is the baseline, and where no run has a key of `row_keys` or `column_keys`.
+
     Args:
+        row_keys: keys of the config whose values every row names, also where no two rows differ in them alone.
+        column_keys: keys of the config that tell columns apart, beside data set, teacher and student.
+        baseline: what differences are taken to beside the plain student: `KD`, which is method kd with divergence fkld;
+            `PLAIN`, for no other; or the label of rows, with or without their variant.
         published: figures of others, to stand beside ours.
         published_rows: whether those of them that belong beside no row become rows of their own.
     """
     figures = list(published) if metric == PUBLISHED_METRIC else []
-    groups, unplaced, remarks = _group(sorted(runs, key=lambda run: run.path))
+    runs = sorted(runs, key=lambda run: run.path)
+    row_keys = _known_keys("rows", row_keys, runs, _OF_ROWS, elsewhere=_OF_COLUMNS | set(column_keys))
+    column_keys = _known_keys("columns", column_keys, runs, _OF_COLUMNS, elsewhere=_OF_ROWS)
+    groups, unplaced, remarks = _group(runs, column_keys)
     columns = _columns(groups)
     members = {column: [group for group in groups if _belongs(group, column)] for column in columns}
-    rows = _rows(columns, members)
+    rows = _rows(columns, members, row_keys)
+    title, to = _baseline(rows, baseline)
+    selections = []
     for index, column in enumerate(columns):
         cells = [row.cells[index] for row in rows]
         _fill(cells, metric)
         _find_missing(cells)
-        _compare([(row.key, row.cells[index]) for row in rows])
+        _compare([(row, row.cells[index]) for row in rows], title, to)
         remarks += _mark_best(column, cells)
         _set_beside(column, [(row.key, row.cells[index]) for row in rows], figures)
+        selections += _select(column, rows, index, metric)
     teachers = [_teacher(members[column], teacher_split(metric)) for column in columns]
     teachers = [
         teacher and replace(teacher, published=_published_teacher(teacher, column, figures))
@@ -266,7 +330,8 @@ def build_table(
         if teacher is not None and teacher.summary.n > 1:
             remarks.append(f"the teacher's line of {column.title} is a mean of {teacher.summary.n} teachers")
     others = _published_rows(columns, rows, figures) if published_rows else []
-    return Table(study, metric, command, columns, rows, teachers, unplaced, list(dict.fromkeys(remarks)), others)
+    remarks = list(dict.fromkeys(remarks))
+    return Table(study, metric, command, columns, rows, teachers, unplaced, remarks, others, title, selections)
 
 
 def teacher_split(metric: str) -> str:
@@ -291,7 +356,37 @@ def _key(run: Run) -> Key:
     return Key(run.method, run.divergence, run.alpha, run.beta)
 
 
-def _group(runs: list[Run]) -> tuple[list[Group], list[Hole], list[str]]:
+def _known_keys(
+    what: str, names: Sequence[str], runs: list[Run], given: frozenset[str], elsewhere: frozenset[str]
+) -> list[str]:
+    """The `names`, each once, without those that are always there. Raises ConfigError for one that no run has.
+
+    Args:
+        what: the key of the command, for the message.
+        given: names that make rows or columns whether they are asked for or not; elsewhere: those that make the other.
+    """
+    if not names:
+        return []
+    known = {name for run in runs if run.identified for name in run.parameters} - given - elsewhere
+    for name in names:
+        if name in given or name in known:
+            continue
+        near = nearest(name, known | given)
+        hint = " or ".join(f"{what}={other}" for other in near)
+        problem = f"no run has the key {clean(name, 60)!r}"
+        if name in elsewhere:
+            problem, hint = f"{name} makes {'columns' if what == 'rows' else 'rows'} and cannot make {what}", ""
+        raise ConfigError(f"{what}: {problem}", expected=list_names(known | given, most=40), hint=hint)
+    return [name for name in dict.fromkeys(names) if name not in given]
+
+
+def _place(run: Run, column_keys: Sequence[str]) -> Column:
+    """The column of a run."""
+    settings = tuple((name, run.parameters.get(name)) for name in column_keys)
+    return Column(run.dataset, run.teacher, run.student, settings)
+
+
+def _group(runs: list[Run], column_keys: Sequence[str]) -> tuple[list[Group], list[Hole], list[str]]:
     """Groups of the runs, the holes that fit none, and remarks on runs that are there twice."""
     real: dict[tuple, Group] = {}
     seen: dict[str, Run] = {}
@@ -307,7 +402,7 @@ def _group(runs: list[Run]) -> tuple[list[Group], list[Hole], list[str]]:
                 remarks.append(f"`{run.path}` has the fingerprint of `{first.path}`, other figures, and is not counted")
             continue
         seen[run.fingerprint] = run
-        key, place = _key(run), Column(run.dataset, run.teacher, run.student)
+        key, place = _key(run), _place(run, column_keys)
         group = Group(key, place, run.parameters, run.group)
         group = real.setdefault((run.group, key, place, group.set_parameters), group)
         if run.seed in group.runs:
@@ -324,7 +419,7 @@ def _group(runs: list[Run]) -> tuple[list[Group], list[Hole], list[str]]:
         if not run.identified:
             unplaced.append(Hole((), run.why, run.path))
             continue
-        key, place = _key(run), Column(run.dataset, run.teacher, run.student)
+        key, place = _key(run), _place(run, column_keys)
         fitting = [group for group in near[key, place] if _agree(run.parameters, group.parameters)]
         if len(fitting) > 1:
             unplaced.append(Hole((run.seed,), f"{run.why} (may belong to several rows)", run.path))
@@ -347,27 +442,34 @@ def _agree(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def _columns(groups: list[Group]) -> list[Column]:
     """The columns: every data set and pair, and plain students that no pair has."""
     pairs = {group.place for group in groups if group.key.method != "none"}
-    taught = {(place.dataset, place.student) for place in pairs}
-    plain = {group.place for group in groups if group.key.method == "none"}
-    return sorted(pairs | {place for place in plain if (place.dataset, place.student) not in taught})
+    plain = [group for group in groups if group.key.method == "none"]
+    alone = {group.place for group in plain if not any(_belongs(group, column) for column in pairs)}
+    return sorted(pairs | alone, key=lambda column: column.order)
 
 
 def _belongs(group: Group, column: Column) -> bool:
     """Whether a group stands in a column; plain training does in every column of its data set and student."""
     if group.key.method == "none":
-        return (group.place.dataset, group.place.student) == (column.dataset, column.student)
+        is_same = (group.place.dataset, group.place.student) == (column.dataset, column.student)
+        return is_same and _agree(dict(column.settings), group.parameters)
     return group.place == column
 
 
-def _rows(columns: list[Column], members: dict[Column, list[Group]]) -> list[Row]:
-    """The rows in order, each with the cells of its groups and empty cells where it has none."""
+def _rows(columns: list[Column], members: dict[Column, list[Group]], row_keys: Sequence[str]) -> list[Row]:
+    """The rows in order, each with the cells of its groups and empty cells where it has none.
+
+    Args:
+        row_keys: settings that every row names that has them.
+    """
     by_key: dict[Key, dict[int, list[Group]]] = defaultdict(lambda: defaultdict(list))
     for index, column in enumerate(columns):
         for group in members[column]:
             by_key[group.key][index].append(group)
     rows = []
     for key in sorted(by_key, key=lambda key: key.order):
-        names = _differing(by_key[key].values())
+        stated = {name for groups in by_key[key].values() for group in groups for name in group.parameters}
+        names = [name for name in row_keys if name in stated]
+        names += [name for name in _differing(by_key[key].values()) if name not in names]
         split: dict[tuple, list[Cell]] = {}
         for index, groups in by_key[key].items():
             for group in groups:
@@ -444,16 +546,44 @@ def _find_missing(cells: list[Cell]) -> None:
             cell.holes.append(Hole(missing, "missing: no such run"))
 
 
-def _compare(column: list[tuple[Key, Cell]]) -> None:
-    """Put the differences to the plain student and to KD into the cells of one column."""
-    filled = [(key, cell) for key, cell in column if cell.values]
-    plain = _Baseline([cell for key, cell in filled if key.method == "none"], "plain student", teacher=False)
-    kd = _Baseline([cell for key, cell in filled if (key.method, key.divergence) == ("kd", "fkld")], "KD", teacher=True)
-    for key, cell in filled:
-        if key.method != "none":
+def is_better(metric: str) -> int | None:
+    """1 where a higher value of `metric` is better, -1 where a lower one is, None where neither is."""
+    name = metric.rpartition("/")[2]
+    return 1 if PERCENT.fullmatch(name) else -1 if name in LOWER_IS_BETTER else None
+
+
+def _baseline(rows: list[Row], name: str) -> tuple[str, list[Row]]:
+    """What a baseline is called in the table, and its rows; none for plain students. Raises ConfigError."""
+    wanted = " ".join(name.split())
+    if wanted in (PLAIN, "plain student"):
+        return "", []
+    if wanted == KD:
+        return "KD", [row for row in rows if (row.key.method, row.key.divergence) == ("kd", "fkld")]
+    found = [row for row in rows if wanted == row.label] or [row for row in rows if wanted == row.key.label]
+    if not found:
+        labels = {label for row in rows for label in (row.label, row.key.label)} - {"plain student"} | {KD, PLAIN}
+        hint = " or ".join(f"'baseline={label}'" for label in nearest(wanted, labels))
+        raise ConfigError(f"no row is called {clean(wanted, 60)!r}", expected=list_names(labels, most=40), hint=hint)
+    return wanted, found
+
+
+def _compare(column: list[tuple[Row, Cell]], title: str, to: list[Row]) -> None:
+    """Put the differences to the plain student and to the rows `to`, called `title`, into the cells of one column."""
+    filled = [(row, cell) for row, cell in column if cell.values]
+    plain = _Baseline([cell for row, cell in filled if row.key.method == "none"], "plain student", teacher=False)
+    of_baseline = {id(row) for row in to}
+    baseline = _Baseline([cell for row, cell in filled if id(row) in of_baseline], title, teacher=True)
+    for row, cell in filled:
+        if row.key.method != "none":
             cell.to_plain = plain.difference(cell)
-        if (key.method, key.divergence) != ("kd", "fkld"):
-            cell.to_kd = kd.difference(cell)
+        if id(row) not in of_baseline:
+            cell.to_baseline = baseline.difference(cell)
+
+
+def protocol_of(group: Group, *, teacher: bool = True) -> frozenset[tuple[str, Any]]:
+    """Data, recipe and precision of a group, and its teacher where that is asked for."""
+    free = _FREE if teacher else (*_FREE, "teacher.")
+    return frozenset((name, value) for name, value in group.set_parameters if not name.startswith(free))
 
 
 class _Baseline:
@@ -475,9 +605,7 @@ class _Baseline:
 
     def _protocol(self, cell: Cell, with_teacher: bool) -> frozenset:
         """What must be equal in a group and its baseline."""
-        free = _FREE if with_teacher else (*_FREE, "teacher.")
-        items = {(name, value) for name, value in cell.group.set_parameters if not name.startswith(free)}
-        return frozenset(items | {("", with_teacher)})
+        return protocol_of(cell.group, teacher=with_teacher) | {("", with_teacher)}
 
     def difference(self, cell: Cell) -> Difference | None:
         """The difference of `cell` to its baseline; None, with a remark in the cell, where there is not one."""
@@ -517,6 +645,63 @@ def _mark_best(column: Column, cells: list[Cell]) -> list[str]:
     for cell in seen:
         cell.best = cell.val.mean == best
     return []
+
+
+def _select(column: Column, rows: list[Row], index: int, metric: str) -> list[Selection]:
+    """Choose from each grid of a column by mean val/top1, mark its points, and keep published figures to the choice."""
+    grids: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        cell = row.cells[index]
+        if cell.val is None or row.key.method == "none":
+            continue
+        if cell.group.parameters.get("dataset.val_fraction") != 0:
+            grids[row.key.method, row.key.divergence, protocol_of(cell.group)].append(row)
+    found = []
+    for (method, divergence, _), points in grids.items():
+        if len(points) < 2:
+            continue
+        # Of several equal ones max gives the first; what sums of decimals round to decides nothing.
+        chosen = max(points, key=lambda row: round(row.cells[index].val.mean, 9))
+        for row in points:
+            row.cells[index].chosen = row is chosen
+        family = [row for row in rows if (row.key.method, row.key.divergence) == (method, divergence)]
+        again = [row for row in family if _retrains(row, chosen, index)]
+        retrained = again[0] if len(again) == 1 else None
+        if retrained is not None:
+            whole = protocol_of(retrained.cells[index].group)
+            of_grid = {id(row) for row in points}
+            for row in family:
+                cell = row.cells[index]
+                if cell.group is None or row is retrained:
+                    continue
+                if id(row) in of_grid or protocol_of(cell.group) == whole:
+                    cell.published, cell.other_settings = [], []
+        found.append(Selection(column, points, chosen, _gain(points, chosen, index, metric), retrained))
+    return found
+
+
+def _gain(points: list[Row], chosen: Row, index: int, metric: str) -> float | None:
+    """The best mean of `metric` over the points minus that of the chosen one."""
+    sign = is_better(metric)
+    own = chosen.cells[index].summary
+    if not metric.startswith("test/") or sign is None or own is None:
+        return None
+    best = max((row.cells[index].summary.mean for row in points if row.cells[index].summary), key=lambda x: sign * x)
+    return best - own.mean
+
+
+def _retrains(row: Row, chosen: Row, index: int) -> bool:
+    """Whether the runs of a row are those of another at dataset.val_fraction=0, and nothing else.
+
+    A teacher that vkd trained learnt from the same split as its students, so that its weights are others as well.
+    """
+    group, other = row.cells[index].group, chosen.cells[index].group
+    if group is None or group.parameters.get("dataset.val_fraction") != 0 or not group.runs or row.key != chosen.key:
+        return False
+    changed = {name for name, _ in group.set_parameters ^ other.set_parameters} - _OF_VAL
+    if group.parameters.get("teacher.source") == other.parameters.get("teacher.source") == "trained":
+        changed = {name for name in changed if not name.startswith("teacher.")}
+    return not changed
 
 
 def _teacher(groups: list[Group], split: str) -> Teacher | None:

@@ -8,17 +8,28 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from vkd.records.grouping import SELECTION, Cell, Column, Hole, Published, Row, Table, show, teacher_split
+from vkd.records.grouping import (
+    PERCENT,
+    PUBLISHED_METRIC,
+    SELECTION,
+    Cell,
+    Column,
+    Hole,
+    Published,
+    Row,
+    Selection,
+    Table,
+    show,
+    teacher_split,
+)
 from vkd.records.published import BEST_ON_TEST, UNKNOWN, ClassificationFigure
 from vkd.records.reading import clean
-from vkd.records.statistics import Difference, Summary, summarise
+from vkd.records.statistics import CONFIDENCE, PAIRED_T, SIGN_FLIP, Difference, Summary, summarise
 
-PERCENT = re.compile(r"(top\d+|agreement)(_.*)?")
 _WORDS = {
     "top1": "top-1 (%)",
     "top5": "top-5 (%)",
@@ -31,10 +42,10 @@ _WORDS = {
     "ece": "ECE",
 }
 _CSV_COLUMNS = (
-    "dataset teacher student method divergence alpha beta variant metric mean std n difference_to_plain "
-    "difference_to_plain_std difference_to_plain_pairs difference_to_kd difference_to_kd_std difference_to_kd_pairs "
-    "val_top1 best_by_val teacher_test group seeds holes"
+    "dataset teacher student {settings} method divergence alpha beta variant metric mean std n {differences} "
+    + ("val_top1 best_by_val chosen_from_grid test_selection_gain teacher_test group seeds holes")
 )
+_DIFFERENCE_CSV_COLUMNS = ("", "_std", "_pairs", "_low", "_high", "_p", "_test")
 _PUBLISHED_CSV_COLUMNS = "published_top1 published_source difference_to_published not_comparable published_also"
 _VERSIONS = ("torch", "timm", "python", "device", "vkd", "git")
 
@@ -54,35 +65,44 @@ def grid(table: Table) -> tuple[list[str], list[list[str]]]:
     """Header and body of the table as text, the teacher's accuracy in the first line of the body.
 
     Method, divergence, alpha, beta, the variant where a row has one; then for every column of the table the metric and
-    the differences to the plain student and to KD, and where others report something, that and the difference to it.
+    the differences to the plain student and to the baseline where there is another, and where others report something,
+    that and the difference to it.
     """
+    to_baseline = bool(table.baseline)
+    blank = [""] * (1 + to_baseline)
     variants = any(row.variant for row in table.rows)
     header = ["method", "divergence", "alpha", "beta"] + ["variant"] * variants
     width = len(header)
     shown = [table.has_published(index) for index in range(len(table.columns))]
     for column, has_published in zip(table.columns, shown, strict=True):
-        header += [column.title, "to plain", "to KD"] + ["published", "to published"] * has_published
+        header += [column.title, "to plain"] + [f"to {table.baseline}"] * to_baseline
+        header += ["published", "to published"] * has_published
     body = []
     if any(table.teachers):
         line = [f"teacher ({teacher_split(table.metric)})"] + [""] * (width - 1)
         for teacher, has_published in zip(table.teachers, shown, strict=True):
             flag = " (saw val: unknown)" if teacher and teacher.unknown else ""
-            line += [_spread(teacher.summary, 2) + flag if teacher else "-", "", ""]
+            line += [_spread(teacher.summary, 2) + flag if teacher else "-", *blank]
             line += _beside(teacher.published if teacher else (), 2) * has_published
         body.append(line)
     for row in table.rows:
         key = row.key
         plain = key.method == "none"
-        line = ["plain student" if plain else key.method, key.divergence or "-", _point(key.alpha), _point(key.beta)]
+        line = [
+            "plain student" if plain else key.method,
+            key.divergence or "-",
+            show_point(key.alpha),
+            show_point(key.beta),
+        ]
         line += [row.variant] * variants
         for cell, has_published in zip(row.cells, shown, strict=True):
-            line += _cell(cell, decimals(table.metric))
+            line += _cell(cell, decimals(table.metric))[: 2 + to_baseline]
             line += _beside(cell.published, decimals(table.metric)) * has_published
         body.append(line)
     for other in table.published_rows:
         line = [f"{other.label} (published)"] + [""] * (width - 1)
         for published, has_published in zip(other.cells, shown, strict=True):
-            line += ["", "", ""]
+            line += ["", *blank]
             line += [_beside(published, decimals(table.metric))[0], ""] * has_published
         body.append(line)
     return header, body
@@ -93,9 +113,14 @@ def spans(table: Table) -> list[range]:
     start = 4 + any(row.variant for row in table.rows)
     found = []
     for index in range(len(table.columns)):
-        found.append(range(start, start + (5 if table.has_published(index) else 3)))
+        found.append(range(start, start + ours_width(table) + 2 * table.has_published(index)))
         start = found[-1].stop
     return found
+
+
+def ours_width(table: Table) -> int:
+    """Number of texts of a column of the table that are not about published figures."""
+    return 3 if table.baseline else 2
 
 
 def notes(table: Table) -> list[str]:
@@ -104,13 +129,15 @@ def notes(table: Table) -> list[str]:
         f"{metric_title(table.metric)}: mean ± sample standard deviation over seeds (number of seeds); "
         "`2 of 3` is 2 finished runs and 1 hole.",
         *_about_metric(table.metric),
-        *_about_differences(table),
+        *about_differences(table),
+        *_about_missing_differences(table),
     ]
     if any(cell.best for row in table.rows for cell in row.cells):
         found.append(f"`*` has the best mean {SELECTION} of its column. Nothing is selected on test.")
+    found += about_selections(table)
     if any(teacher and teacher.unknown for teacher in table.teachers):
         found.append("saw val unknown: the teacher may have been trained on the validation images; see the protocol.")
-    found += _about_published(table) + _about_protocol(table) + _about_rows(table) + _about_machines(table)
+    found += about_published(table) + about_protocol(table) + about_rows(table) + _about_machines(table)
     return found + [f"{remark[:1].upper()}{remark[1:]}." for remark in table.remarks]
 
 
@@ -166,7 +193,10 @@ def to_csv(table: Table) -> str:
     """The table as CSV: a line for every row and column that has a run, numbers in full precision."""
     file = io.StringIO()
     has_published = any(map(table.has_published, range(len(table.columns))))
-    names = f"{_CSV_COLUMNS} {_PUBLISHED_CSV_COLUMNS}" if has_published else _CSV_COLUMNS
+    compared = [f"difference_to_{name}{end}" for name in _compared(table) for end in _DIFFERENCE_CSV_COLUMNS]
+    settings = [name for name, _ in table.columns[0].settings] if table.columns else []
+    names = _CSV_COLUMNS.format(differences=" ".join(compared), settings=" ".join(settings))
+    names += f" {_PUBLISHED_CSV_COLUMNS}" * has_published
     writer = csv.DictWriter(file, names.split(), lineterminator="\n")
     writer.writeheader()
     for row in table.rows:
@@ -177,7 +207,7 @@ def to_csv(table: Table) -> str:
     return file.getvalue()
 
 
-def _point(value: float | None) -> str:
+def show_point(value: float | None) -> str:
     """alpha or beta as a row shows it."""
     return "-" if value is None else show(value)
 
@@ -189,22 +219,34 @@ def _spread(summary: Summary, digits: int) -> str:
 
 
 def _cell(cell: Cell, digits: int) -> list[str]:
-    """A cell's three texts: the metric, the difference to the plain student, the difference to KD."""
+    """A cell's three texts: the metric, the difference to the plain student, the difference to the baseline."""
     if cell.group is None:
         return ["-", "-", "-"]
     n, expected = len(cell.values), cell.expected
     count = f"({n})" if n == expected else f"({n} of {expected})"
     value = _spread(cell.summary, digits) if cell.summary else "hole"
-    marks = "‡" * cell.mixed + "*" * cell.best
-    return [f"{value} {count}{marks}", _signed(cell.to_plain, digits), _signed(cell.to_kd, digits)]
+    marks = "‡" * cell.mixed + "*" * cell.best + "¶" * bool(cell.chosen)
+    return [
+        f"{value} {count}{marks}",
+        show_difference(cell.to_plain, digits),
+        show_difference(cell.to_baseline, digits),
+    ]
 
 
-def _signed(difference: Difference | None, digits: int) -> str:
-    """A difference with its sign, its spread over pairs, and a mark where it is not paired."""
+def show_difference(difference: Difference | None, digits: int) -> str:
+    """A difference with its sign, its interval and p-value, and a mark where it is not paired."""
     if difference is None:
         return "-"
-    std = "" if difference.std is None else f" ± {difference.std:.{digits}f}"
-    return f"{difference.mean:+.{digits}f}{std}{'' if difference.paired else '†'}"
+    text = f"{difference.mean:+.{digits}f}{'' if difference.paired else '†'}"
+    if difference.interval is None:
+        return text
+    low, high = (f"{bound:+.{digits}f}" for bound in difference.interval)
+    return f"{text} [{low}, {high}] {show_p_value(difference.p)}"
+
+
+def show_p_value(p: float) -> str:
+    """A p-value to two digits: "p=0.25", "p<0.001"."""
+    return "p<0.001" if p < 0.001 else f"p={p:.2g}"
 
 
 def _beside(published: Sequence[Published], digits: int) -> list[str]:
@@ -229,29 +271,97 @@ def _about_metric(metric: str) -> list[str]:
     return []
 
 
-def _about_differences(table: Table) -> list[str]:
-    """How the differences were taken, and why some are not there."""
+def about_differences(table: Table) -> list[str]:
+    """How the differences were taken, and over how many pairs where some are missing."""
     cells = [(row, column, cell) for row in table.rows for column, cell in zip(table.columns, row.cells, strict=True)]
     found = []
-    made = [difference for _, _, cell in cells for difference in (cell.to_plain, cell.to_kd) if difference]
+    made = [difference for _, _, cell in cells for difference in (cell.to_plain, cell.to_baseline) if difference]
     if any(difference.paired for difference in made):
-        found.append(
-            "Differences are means over pairs of runs with the same seed ± their sample standard deviation; "
-            "KD is method kd with divergence fkld."
-        )
+        meaning = "; KD is method kd with divergence fkld" if table.baseline == "KD" else ""
+        found.append(f"Differences are means over pairs of runs with the same seed{_about_tests(made)}{meaning}.")
     if not all(difference.paired for difference in made):
         found.append("`†`: difference of the two means, since the seeds do not coincide.")
     partial: dict[int, list[str]] = defaultdict(list)
     for row, column, cell in cells:
-        for name, difference in (("plain", cell.to_plain), ("KD", cell.to_kd)):
+        for name, difference in (("plain", cell.to_plain), (table.baseline, cell.to_baseline)):
             if difference and difference.paired and difference.n < len(cell.values):
                 partial[difference.n].append(f"{row.label} to {name} ({column.title})")
-    found += [f"Over {n} pair{'s' * (n > 1)} only: {'; '.join(names)}." for n, names in sorted(partial.items())]
+    return found + [f"Over {n} pair{'s' * (n > 1)} only: {'; '.join(names)}." for n, names in sorted(partial.items())]
+
+
+def _about_missing_differences(table: Table) -> list[str]:
+    """Why some differences are not there."""
+    cells = [(row, column, cell) for row in table.rows for column, cell in zip(table.columns, row.cells, strict=True)]
     reasons: dict[str, list[str]] = defaultdict(list)
     for row, column, cell in cells:
         for remark in cell.remarks:
             reasons[remark].append(f"{row.label} ({column.title})")
-    return found + [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
+    return [f"{', '.join(names)}: {reason}." for reason, names in reasons.items()]
+
+
+def _about_tests(differences: list[Difference]) -> str:
+    """What the intervals and p-values beside differences are; nothing where there are none."""
+    pairs = {test: [other.n for other in differences if other.test == test] for test in (SIGN_FLIP, PAIRED_T)}
+    words = []
+    if pairs[SIGN_FLIP]:
+        least = ", ".join(f"{2 ** (1 - n):.2g} with {n}" for n in sorted(set(pairs[SIGN_FLIP])))
+        words.append(f"of an exact {SIGN_FLIP} test over the pairs (at least {least})")
+    if pairs[PAIRED_T]:
+        counts = " or ".join(map(str, sorted(set(pairs[PAIRED_T]))))
+        words.append(f"of a {PAIRED_T} test over {counts} pairs")
+    if not words:
+        return ""
+    return (
+        f", with the {CONFIDENCE:.0%} interval of Student's t distribution; p is two-sided, {' or '.join(words)}, and "
+        "not corrected for the number of rows"
+    )
+
+
+def about_selections(table: Table) -> list[str]:
+    """What was chosen from each grid, what choosing on test would have gained, and the figure without a val split."""
+    found = [
+        f"`¶` has the best mean {SELECTION} of the points of its grid, which differ in the settings of one method and "
+        "divergence."
+    ]
+    for selection in table.selections:
+        digits = decimals(table.metric)
+        cell = selection.chosen.cells[table.columns.index(selection.column)]
+        value = _spread(cell.summary, digits) if cell.summary else "hole"
+        words = f"{selection.chosen.label} ({selection.column.title}) was chosen from {len(selection.points)} points: "
+        words += f"{metric_title(table.metric)} {value}"
+        if selection.gain is not None:
+            words += f"; selecting on test would have gained {selection.gain:+.{digits}f}"
+        found += [f"{words}; {_about_retraining(table, selection)}.", *_about_seeds(table, selection)]
+    return found if table.selections else []
+
+
+def _about_retraining(table: Table, selection: Selection) -> str:
+    """The figure of the choice at dataset.val_fraction=0, or that there is none."""
+    if selection.retrained is None:
+        return "it was not run at dataset.val_fraction=0"
+    cell = selection.retrained.cells[table.columns.index(selection.column)]
+    value = _spread(cell.summary, decimals(table.metric)) if cell.summary else "hole"
+    only = ", the only figure of its grid that is set beside published ones" * (table.metric == PUBLISHED_METRIC)
+    return f"at dataset.val_fraction=0 it has {value} ({len(cell.values)}){only}"
+
+
+def _about_seeds(table: Table, selection: Selection) -> list[str]:
+    """A warning where the points of a grid were not all run with the same seeds, so that luck may have chosen."""
+    index = table.columns.index(selection.column)
+    seeds = {frozenset(row.cells[index].group.runs) for row in selection.points}
+    if len(seeds) == 1:
+        return []
+    return [
+        f"The points of that grid ({selection.column.title}) have different seeds: a mean over few is chosen by luck."
+    ]
+
+
+def _compared(table: Table) -> dict[str, str]:
+    """What differences are taken to, by its name in the CSV: the name of the cell's attribute."""
+    names = {"plain": "to_plain"}
+    if table.baseline:
+        names["kd" if table.baseline == "KD" else "baseline"] = "to_baseline"
+    return names
 
 
 class _Beside(NamedTuple):
@@ -263,7 +373,7 @@ class _Beside(NamedTuple):
     other: Published
 
 
-def _about_published(table: Table) -> list[str]:
+def about_published(table: Table) -> list[str]:
     """Where the published figures come from, what they belong to, and where they do not compare with ours."""
     beside = [
         _Beside(f"{row.label} ({column.title})", column, cell, other)
@@ -423,7 +533,7 @@ def _in_words(names: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _about_protocol(table: Table) -> list[str]:
+def about_protocol(table: Table) -> list[str]:
     """Validation share, epochs, batch size and precision of each column."""
     found: dict[str, list[str]] = defaultdict(list)
     for index, column in enumerate(table.columns):
@@ -447,7 +557,7 @@ def _about_protocol(table: Table) -> list[str]:
     return [f"Protocol of {'; '.join(names)}: {words}." for words, names in found.items()]
 
 
-def _about_rows(table: Table) -> list[str]:
+def about_rows(table: Table) -> list[str]:
     """Weights and temperature of each method and divergence; for alpha-beta always how the divergence is scaled."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in table.rows:
@@ -502,10 +612,13 @@ def _csv_line(table: Table, column: Column, row: Row, cell: Cell) -> dict[str, A
     key, summary = row.key, cell.summary
     own = [run.teacher_accuracy("test") for run in cell.group.runs.values()]
     teacher = summarise(accuracy for accuracy in own if accuracy is not None)
+    chosen = (other for other in table.selections if other.chosen is row and other.column == column)
+    gain = next((selection.gain for selection in chosen), None)
     line: dict[str, Any] = {
         "dataset": column.dataset,
         "teacher": column.teacher,
         "student": column.student,
+        **{name: _plain(value) for name, value in column.settings},
         "method": key.method,
         "divergence": key.divergence,
         "alpha": key.alpha,
@@ -517,15 +630,19 @@ def _csv_line(table: Table, column: Column, row: Row, cell: Cell) -> dict[str, A
         "n": len(cell.values),
         "val_top1": cell.val and cell.val.mean,
         "best_by_val": int(cell.best),
+        "chosen_from_grid": cell.chosen if cell.chosen is None else int(cell.chosen),
+        "test_selection_gain": gain,
         "teacher_test": teacher and teacher.mean,
         "group": cell.group.fingerprint,
         "seeds": " ".join(map(str, sorted(cell.values))),
         "holes": "; ".join(map(describe_hole, cell.holes)),
     }
-    for name, difference in (("plain", cell.to_plain), ("kd", cell.to_kd)):
-        line[f"difference_to_{name}"] = difference and difference.mean
-        line[f"difference_to_{name}_std"] = difference and difference.std
-        line[f"difference_to_{name}_pairs"] = difference and difference.n
+    for name, attribute in _compared(table).items():
+        difference = getattr(cell, attribute)
+        if difference is not None:
+            low, high = difference.interval or (None, None)
+            made = (difference.mean, difference.std, difference.n, low, high, difference.p, difference.test)
+            line |= {f"difference_to_{name}{end}": x for end, x in zip(_DIFFERENCE_CSV_COLUMNS, made, strict=True)}
     return line
 
 
@@ -541,6 +658,14 @@ def _published_csv_line(cell: Cell) -> dict[str, Any]:
         "not_comparable": "; ".join(first.reasons),
         "published_also": "; ".join(f"{other.top1!r} ({', '.join(other.sources)})" for other in others),
     }
+
+
+def _plain(value: Any) -> Any:
+    """A setting in the CSV: a number as it is, and text so that a spreadsheet takes it for no formula."""
+    if value is None or isinstance(value, float):
+        return value
+    text = show(value)
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
 
 
 def _number(value: Any) -> Any:
