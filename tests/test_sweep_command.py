@@ -574,6 +574,7 @@ def test_a_job_that_still_runs_is_watched_to_its_end_though_the_command_is_gone(
 @pytest.mark.parametrize(
     ("host", "pid"),
     [(HOST, os.getpid()), (HOST, None), (HOST, 0), ("elsewhere", "gone"), (None, "gone"), (None, None)],
+    ids=["alive", "unknown process", "no process", "elsewhere", "unknown host", "unknown"],
 )
 def test_jobs_that_may_still_be_begun_are_waited_for(sweep, host, pid):
     pid = dead_pid() if pid == "gone" else pid
