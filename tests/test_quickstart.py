@@ -56,8 +56,8 @@ def test_the_table_has_a_row_a_method_and_divergence_with_three_seeds_each(study
 
 
 def test_the_same_command_again_trains_nothing(study, capsys):
-    before = {path: path.stat().st_mtime_ns for path in study.glob("runs/**/*.json")}
+    before = {path: path.stat().st_mtime_ns for path in study.glob("runs/quickstart/**/*.json")}
     short = ["recipe.epochs=1", "teacher.recipe.epochs=3", "tracker=none", "device=cpu"]
     assert vkd.train.main(["+experiment=quickstart", f"runs_root={study / 'runs'}", *short]) == 0
-    assert {path: path.stat().st_mtime_ns for path in study.glob("runs/**/*.json")} == before
+    assert {path: path.stat().st_mtime_ns for path in study.glob("runs/quickstart/**/*.json")} == before
     assert capsys.readouterr().out.count("already done") == 18
