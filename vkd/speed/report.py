@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import platform
 import re
 import shlex
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from vkd.speed.alternation import Part, alternate, ratio
 from vkd.speed.loops import LOOPS, Loops, as_measured
 from vkd.speed.profile import measure_profile
 from vkd.speed.startup import measure_startup
-from vkd.training.environment import describe_device, environment
+from vkd.training.environment import describe_device, environment, processor_name
 
 if TYPE_CHECKING:
     from vkd.benchmark import BenchmarkConfig
@@ -183,7 +182,7 @@ def _environment(device: torch.device, words: Sequence[str]) -> dict[str, Any]:
     del facts["package"], facts["host"]  # of this machine, in a file that is to be shared
     facts["command"] = shlex.join(["python", "-m", "vkd.benchmark", *words])
     facts["hardware"] = {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": _memory_bytes(),
@@ -191,15 +190,6 @@ def _environment(device: torch.device, words: Sequence[str]) -> dict[str, Any]:
         "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
     return facts
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def _memory_bytes() -> int | None:
