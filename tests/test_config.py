@@ -248,7 +248,7 @@ def reference():
         "tracker=none",
         "tracker=wandb tracker.project=p tracker.entity=e tracker.tags=[t]",
         "workers=7 evaluation_batch_size=9 compile=true channels_last=true keep_checkpoint=false",
-        "fused_optimizer=false graphs=false students_at_once=2 keep_freed_memory=false",
+        "fused_optimizer=false graphs=false students_at_once=2 keep_freed_memory=false snapshot_every=3",
         "teacher.fold=false teacher.compile=true teacher.cache=views teacher.cache_dtype=float32",
         "teacher.allow_chance_accuracy=true",
         "dataset.view_augmentation.flip={}",

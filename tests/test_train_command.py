@@ -31,6 +31,7 @@ from commands import (
     weights,
 )
 from offline_runs import offline_run
+from safetensors.torch import load_file
 
 import vkd
 import vkd.train
@@ -39,6 +40,7 @@ from vkd.config import config_directory, parse
 from vkd.records.run_directory import RunDirectory
 from vkd.tracking import TRACKERS
 from vkd.training.interruption import Interrupted
+from vkd.training.session import Session
 from vkd.training.trainer import Trainer
 
 LEFT_BEHIND = {
@@ -169,6 +171,37 @@ def test_a_run_belongs_to_the_study_that_its_command_names(place):
 def test_a_checkpoint_that_is_not_wanted_is_gone_when_the_run_is_done(place):
     assert train("keep_checkpoint=false") == 0
     assert {path.name for path in only_run(place / "runs" / "digits").iterdir()} == LEFT_BEHIND - {"last.ckpt"}
+
+
+def test_snapshots_show_the_student_before_training_on_the_way_and_at_the_end_whatever_stops_it(place, monkeypatch):
+    words = ["recipe.epochs=3", "snapshot_every=2"]
+    assert train(*words, "study=whole") == 0
+    whole = only_run(place / "runs" / "whole")
+    kept = RunDirectory(whole).snapshots()
+    assert list(kept) == [0, 2, 3]
+    tensors = {epoch: load_file(path) for epoch, path in kept.items()}
+    assert all(
+        torch.equal(tensor, tensors[3][name]) for name, tensor in load_file(whole / "student.safetensors").items()
+    )
+    for early, late in ((0, 2), (2, 3)):
+        assert any(not torch.equal(tensor, tensors[late][name]) for name, tensor in tensors[early].items())
+
+    def die(self, epoch, step):
+        if (epoch, step) == (3, 0):
+            raise KeyboardInterrupt
+        return save(self, epoch, step)
+
+    save = Session.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "save", die)
+        assert train(*words, "study=stopped") == 130
+    stopped = only_run(place / "runs" / "stopped")
+    assert list(RunDirectory(stopped).snapshots()) == [0, 2]
+    assert train(*words, "study=stopped") == 0
+    for epoch, path in RunDirectory(stopped).snapshots().items():
+        assert all(torch.equal(tensor, tensors[epoch][name]) for name, tensor in load_file(path).items())
+    assert list(RunDirectory(stopped).snapshots()) == [0, 2, 3]
+    assert not (only_run(place / "runs" / "teachers") / "snapshots").exists()
 
 
 def test_a_command_leaves_the_process_that_calls_it_as_it_was(place):

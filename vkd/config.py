@@ -203,6 +203,8 @@ class Config:
     students_at_once: how many students the fused launcher trains side by side at most; null: as many as memory holds.
     keep_checkpoint: leave the checkpoint in the directory of a finished run.
     checkpoint_minutes: time between checkpoints within an epoch, at whose end there is one anyway; null: none within.
+    snapshot_every: epochs between copies of the student that are kept for `vkd.analyze`, the first one before training;
+        null: the student after the last epoch alone.
     deterministic: take algorithms that give the same bits each time, slower ones too, as far as torch has them; where
         it has none, the run says so.
     sync_batch_norm: of a run on several processes: BatchNorm in training takes its statistics over the whole batch, as
@@ -234,6 +236,7 @@ class Config:
     students_at_once: int | None = None
     keep_checkpoint: bool = True
     checkpoint_minutes: float | None = 10.0
+    snapshot_every: int | None = None
     deterministic: bool = False
     sync_batch_norm: bool = True
 
@@ -590,6 +593,11 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> Config:
         f"checkpoint_minutes = {config.checkpoint_minutes}",
         "minutes, 0 for a checkpoint after every step, or null for one an epoch",
     )
+    require(
+        config.snapshot_every is None or config.snapshot_every >= 1,
+        f"snapshot_every = {config.snapshot_every}",
+        "epochs, a whole number from 1, or null for the student after the last epoch alone",
+    )
     _check_recipe(config.recipe, "recipe")
     recipes = {"recipe": config.recipe}
     if not config.is_plain and not config.teacher.is_given:
@@ -692,7 +700,7 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
 _OUTSIDE = (
     "device", "runs_root", "results_root", "data_root", "tracker", "workers", "evaluation_batch_size", "compile",
     "channels_last", "fused_optimizer", "graphs", "keep_freed_memory", "students_at_once", "keep_checkpoint",
-    "checkpoint_minutes", "deterministic",
+    "checkpoint_minutes", "snapshot_every", "deterministic",
 )  # fmt: skip
 """Keys that decide no run's numbers, but for rounding."""
 

@@ -74,6 +74,10 @@ _KEYS = [
         "fused_optimizer, graphs, keep_freed_memory, teacher.fold, teacher.compile: speed alone",
     ),
     ("checkpoint_minutes=10", "between checkpoints within an epoch; there is one at its end anyway"),
+    (
+        "snapshot_every=null",
+        "epochs between copies of the student for vkd.analyze to look at; null: the last one alone",
+    ),
     ("sync_batch_norm=true", "over the processes that torchrun starts; false: each of them has statistics of its own"),
     ("students_at_once=null", "of the fused launcher; null: as many as memory holds"),
 ]

@@ -98,6 +98,18 @@ class RunDirectory:
         """The student after the last epoch."""
         return self.path / "student.safetensors"
 
+    def snapshot(self, epoch: int) -> Path:
+        """The student after `epoch` epochs; 0 is the untrained one."""
+        return self.path / "snapshots" / f"epoch_{epoch:04d}.safetensors"
+
+    def snapshots(self) -> dict[int, Path]:
+        """The snapshots that there are, by epoch."""
+        found = {}
+        for path in sorted(self.path.glob("snapshots/epoch_*.safetensors")):
+            if match := re.fullmatch(r"epoch_(\d{4,9})\.safetensors", path.name):
+                found[int(match[1])] = path
+        return dict(sorted(found.items()))
+
     @property
     def checkpoint(self) -> Path:
         """What resuming needs."""

@@ -189,6 +189,7 @@ def teacher_training_config(config: Config) -> Config:
         cross_entropy_weight=1.0,
         recipe=config.teacher.recipe,
         keep_checkpoint=False,
+        snapshot_every=None,
     )
 
 
@@ -345,6 +346,11 @@ class _Job:
                 logger.warning("%s is done, but: %s", self.directory.path, error)
             else:
                 self.fail(error)
+
+
+def _save_student(job: _Job, num_classes: int, model: torch.nn.Module, path: Path, **about: str) -> None:
+    origin = {"arch": job.config.student.arch, "num_classes": str(num_classes), "fingerprint": job.run_id}
+    save_weights(model, path, {**origin, **about})
 
 
 class _Group:
@@ -583,11 +589,14 @@ class _Group:
             fingerprint=job.run_id,
             checkpoint_path=directory.checkpoint,
             on_epoch=lambda line: self.processes.first(partial(self._epoch_done, job, line)),
+            keep_snapshot=partial(self._keep_snapshot, job, setting.data.num_classes),
             voice=directory.speaking,
         )
         if job.session.restore():
             epoch, step = job.session.position
             logger.info("going on after step %d of epoch %d", step, epoch)
+        else:
+            job.session.keep_snapshot(job.learner.evaluated_model, 0)
         self.processes.first(partial(self._open_records, job))
 
     def _open_tracker(self, job: _Job) -> None:
@@ -639,6 +648,12 @@ class _Group:
         job.directory.write_state(RUNNING, epoch=line["epoch"], epochs=job.config.recipe.epochs)
         job.tracker.log(line)
 
+    def _keep_snapshot(self, job: _Job, num_classes: int, model: torch.nn.Module, epoch: int) -> None:
+        every, epochs = job.config.snapshot_every, job.config.recipe.epochs
+        if every is not None and (epoch % every == 0 or epoch == epochs):
+            path = job.directory.snapshot(epoch)
+            self.processes.first(partial(_save_student, job, num_classes, model, path, epoch=str(epoch)))
+
     def _finish(self, job: _Job, setting: Setting, record: Record, students: int) -> None:
         """Write what came out, and tell everybody."""
         self.processes.first(partial(self._write_result, job, setting, record, students))
@@ -649,11 +664,7 @@ class _Group:
     def _write_result(self, job: _Job, setting: Setting, record: Record, students: int) -> None:
         config, data, directory, teacher = job.config, setting.data, job.directory, setting.teacher
         model = job.learner.evaluated_model
-        save_weights(
-            model,
-            directory.weights,
-            {"arch": config.student.arch, "num_classes": str(data.num_classes), "fingerprint": job.run_id},
-        )
+        _save_student(job, data.num_classes, model, directory.weights)
         result = {
             "format": 1,
             "fingerprint": job.run_id,

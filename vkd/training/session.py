@@ -41,6 +41,8 @@ class Session:
         fingerprint: of the run; a checkpoint of another one is refused.
         checkpoint_path: where to keep what resuming needs; None keeps nothing.
         on_epoch: told every epoch's line of metrics, after the checkpoint is written.
+        keep_snapshot: given the student as it is measured and the number of epochs it has behind it, before training
+            and at the end of every epoch; before the checkpoint is written, so that what a kill leaves is complete.
         voice: the context in which what is said is said of this student.
     """
 
@@ -52,6 +54,7 @@ class Session:
         fingerprint: str,
         checkpoint_path: Path | None = None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
+        keep_snapshot: Callable[[nn.Module, int], None] = lambda model, epoch: None,
         voice: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.learner = learner
@@ -59,6 +62,7 @@ class Session:
         self.fingerprint = fingerprint
         self.checkpoint_path = checkpoint_path
         self.on_epoch = on_epoch
+        self.keep_snapshot = keep_snapshot
         self.voice = voice
         self.history: list[dict[str, Any]] = []
         self.position = (1, 0)
@@ -127,6 +131,7 @@ class Session:
         self.history.append(line)
         self.learner.schedule.epoch_done(epoch, line.get("val/top1"))
         self.learner.start_epoch_sums()
+        self.keep_snapshot(self.learner.evaluated_model, epoch)
         self.save(epoch + 1, 0)
         self.on_epoch(line)
 
