@@ -43,6 +43,9 @@ from vkd.training.interruption import Interrupted
 from vkd.training.session import Session
 from vkd.training.trainer import Trainer
 
+MACS = 64 * (36 + 2 * 144) + 16 * (2 * 144 + 16) + 4 * (2 * 144 + 16) + 40
+"""Multiply-accumulates of the student on 8x8 images: by stage its pixels and its 3x3 and 1x1 weights; the classifier."""
+
 LEFT_BEHIND = {
     "config.yaml",
     "metrics.jsonl",
@@ -88,7 +91,15 @@ def test_the_result_holds_every_key_of_its_contract(trained):
     assert re.fullmatch("[0-9a-f]{64}", result["teacher"]["sha256"])
     for split in ("val", "test"):
         assert result["teacher"]["accuracy"][split] == pytest.approx(teacher["metrics"][f"{split}/top1"], abs=1e-9)
-    assert result["student"] == {"arch": "cifar_resnet8_width4", "parameters": 1054}
+    assert result["student"] == {"arch": "cifar_resnet8_width4", "parameters": 1054, "macs": MACS}
+    assert {name: result["teacher"][name] for name in ("parameters", "macs")} == {"parameters": 1054, "macs": MACS}
+    for split, images in (("val", 259), ("test", 500)):
+        bins = result["reliability"][split]
+        assert sum(bins["counts"]) == images
+        assert 100 * sum(bins["correct"]) / images == pytest.approx(result["metrics"][f"{split}/top1"], abs=1e-9)
+        gaps = [abs(sure - right) for sure, right in zip(bins["confidence"], bins["correct"], strict=True)]
+        assert sum(gaps) / images == pytest.approx(result["metrics"][f"{split}/ece"], abs=1e-9)
+    assert result["timing"]["evaluation_images_per_second"] > 0
     assert result["method"] == {"kd": {"weight": 0.9, "temperature_squared": True}}
     assert result["divergence"] == {"name": "fkld", "temperature": 4.0}
     assert (result["seed"], result["study"], result["cross_entropy_weight"]) == (1, "digits", 0.1)

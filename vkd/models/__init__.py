@@ -11,6 +11,7 @@ import pkgutil
 
 from vkd.models.creation import (
     check_arch,
+    count_macs,
     count_parameters,
     create_model,
     input_normalization,
@@ -26,6 +27,7 @@ __all__ = [
     "FeatureShapes",
     "Intermediates",
     "check_arch",
+    "count_macs",
     "count_parameters",
     "create_model",
     "input_normalization",

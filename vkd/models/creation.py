@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from vkd.errors import ModelError, list_names, nearest
 from vkd.models.staged_network import no_published_weights
+
+logger = logging.getLogger("vkd")
 
 
 def create_model(
@@ -82,6 +85,24 @@ def create_model(
 def count_parameters(model: nn.Module) -> int:
     """How many numbers of `model` are trained: the parameters that require a gradient."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def count_macs(model: nn.Module, image: Tensor) -> int | None:
+    """Multiply-accumulates of the convolutions and matrix products of one forward pass; None where they escape us.
+
+    Args:
+        model: as it should run: in eval mode, if that is what is meant.
+        image: one normalised image [1, channels, height, width], where the network is.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(image)
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # a figure for the record is worth no run
+        logger.warning("the multiply-accumulates of %s cannot be counted: %s", type(model).__name__, error)
+        return None
+    return counter.get_total_flops() // 2
 
 
 def input_normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

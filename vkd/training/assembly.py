@@ -18,7 +18,7 @@ from vkd.data import Data, Normalization, load_data
 from vkd.divergences import make_divergence
 from vkd.errors import ConfigError
 from vkd.methods import METHODS, Combination, MethodContext, make_method
-from vkd.models import Intermediates, create_model
+from vkd.models import Intermediates, count_macs, create_model
 from vkd.randomness import derive_seed, generator
 from vkd.training.allocator import keep_freed_memory
 from vkd.training.batch_norm import synchronized
@@ -241,6 +241,7 @@ def make_teacher(
         teacher = opened.freeze(config, data, setting.device, switches.layout, measure=measure, processes=processes)
         batch_size = max(processes.sizes(config.recipe.batch_size))
         images = next(iter(data.eval_batches("test", batch_size=min(16, batch_size)))).images
+        teacher.macs = count_macs(teacher.model, teacher.normalization(images[:1]))
         teacher = teacher.made_fast(switches, images, batch_size=batch_size, needs_features=features)
         if switches.cache == "views":
             teacher.views = _open_views(config, setting, teacher)
@@ -337,7 +338,7 @@ def make_session(config: Config, setting: Setting, learner: Learner, **options: 
         device=setting.device,
         processes=setting.processes,
     )
-    return Session(learner, evaluator, **options)
+    return Session(learner, evaluator, details=evaluator.details, **options)
 
 
 def make_trainer(

@@ -6,8 +6,10 @@ short last batch changes it. Networks are measured in eval mode and float32, wha
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +97,15 @@ class Measurement:
             "teacher_kl": mean["teacher_kl"] if self.with_teacher else None,
         }
 
+    def reliability(self) -> dict[str, list]:
+        """What a reliability diagram shows of all images added so far, by bin of the largest probability.
+
+        Bin k of 15 is (k/15, (k+1)/15]. counts: images; confidence: the sum of their largest probabilities; correct:
+        how many of them are classified rightly.
+        """
+        counts, confidence, correct = self.bins.tolist()
+        return {"counts": [int(n) for n in counts], "confidence": confidence, "correct": [int(n) for n in correct]}
+
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
@@ -164,17 +175,33 @@ class Evaluator:
         self.teacher_logits = teacher_logits
         self.batch_size = batch_size
         self.device = device
+        self._reliability: dict[str, dict[str, list] | None] = {}
+        self._rate: float | None = None
 
     def __call__(self, model: nn.Module, splits: Sequence[str] = ("val", "test")) -> dict[str, float | None]:
         """Every figure on the splits; those of a split that is not there are null."""
         figures: dict[str, float | None] = {}
+        began, images = time.perf_counter(), 0
         for split in splits:
             present = split in self.data.splits_present
-            measured = self._measure(model, split) if present else dict.fromkeys(FIGURES)
+            measurement = self._measure(model, split) if present else None
+            # Reading the result waits for the device, so that the clock sees all of the work.
+            measured = dict.fromkeys(FIGURES) if measurement is None else measurement.result()
             figures.update({f"{split}/{name}": value for name, value in measured.items()})
+            self._reliability[split] = measurement and measurement.reliability()
+            images += measurement.count if measurement else 0
+        self._rate = images / (time.perf_counter() - began) if images else None
         return figures
 
-    def _measure(self, model: nn.Module, split: str) -> dict[str, float | None]:
+    def details(self) -> dict[str, Any]:
+        """What else the last call saw.
+
+        reliability: by split, see `Measurement.reliability`; null for one that is not there.
+        images_per_second: loaded, put through the network and measured.
+        """
+        return {"reliability": dict(self._reliability), "images_per_second": self._rate}
+
+    def _measure(self, model: nn.Module, split: str) -> Measurement:
         teacher_logits = self.teacher_logits.get(split)
         measurement = Measurement(self.data.num_classes, with_teacher=teacher_logits is not None, device=self.device)
         seen = sum(self.processes.sizes(self.data.sizes[split])[: self.processes.rank])
@@ -184,4 +211,4 @@ class Evaluator:
                 measurement.add(model(self.normalization(batch.images)), batch.targets, share)
                 seen += len(batch.targets)
         measurement.add_up(self.processes)
-        return measurement.result()
+        return measurement

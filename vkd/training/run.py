@@ -21,7 +21,7 @@ from vkd import launched
 from vkd.config import TEACHERS_STUDY, Config, StudentConfig, fingerprint, run_identity
 from vkd.data import Data, Normalization
 from vkd.errors import ConfigError, ModelError
-from vkd.models import count_parameters, load_into, load_weights, save_weights, weights_sha256
+from vkd.models import count_macs, count_parameters, load_into, load_weights, save_weights, weights_sha256
 from vkd.records.atomic import write_json_atomically
 from vkd.records.run_directory import DONE, FAILED, INTERRUPTED, RUNNING, WAITING, RunDirectory
 from vkd.tracking import TRACKERS, Tracker
@@ -47,6 +47,7 @@ from vkd.training.distribution import ONE, Processes, join
 from vkd.training.environment import describe_device, environment
 from vkd.training.interruption import Interrupted
 from vkd.training.learner import Learner
+from vkd.training.measurement import evaluation_mode
 from vkd.training.memory import available_bytes, learner_bytes, step_bytes
 from vkd.training.optimization import Schedule, make_optimizer
 from vkd.training.session import Record, Session
@@ -346,6 +347,13 @@ class _Job:
                 logger.warning("%s is done, but: %s", self.directory.path, error)
             else:
                 self.fail(error)
+
+
+def _macs_of(student: torch.nn.Module, setting: Setting) -> int | None:
+    data = setting.data
+    image = torch.zeros(1, data.channels, *data.image_size, device=setting.device)
+    with evaluation_mode(student):
+        return count_macs(student, image)
 
 
 def _save_student(job: _Job, num_classes: int, model: torch.nn.Module, path: Path, **about: str) -> None:
@@ -679,7 +687,11 @@ class _Group:
                 **{split: data.sizes.get(split, 0) for split in ("train", "val", "test")},
             },
             "teacher": None if teacher is None else teacher.as_record(),
-            "student": {"arch": config.student.arch, "parameters": count_parameters(model)},
+            "student": {
+                "arch": config.student.arch,
+                "parameters": count_parameters(model),
+                "macs": _macs_of(model, setting),
+            },
             "method": config.method,
             "cross_entropy_weight": config.cross_entropy_weight,
             "divergence": config.divergence or None,
@@ -688,6 +700,7 @@ class _Group:
             "recipe": dataclasses.asdict(config.recipe),
             "precision": config.precision,
             "metrics": record.metrics,
+            "reliability": record.reliability,
             "timing": record.timing if students == 1 else {**record.timing, "students_at_once": students},
             "environment": {
                 **environment(setting.device),

@@ -23,13 +23,15 @@ class Record:
     """What came out of a run.
 
     metrics: the last epoch's figures, and what selection on `val` and the maximum over epochs would have given.
-    timing: seconds of the whole, images a second of the training steps alone.
+    timing: seconds of the whole, images a second of the training steps alone and of the last measurement.
     history: one line an epoch.
+    reliability: by split, what a reliability diagram shows of the last epoch; None where that was not kept.
     """
 
     metrics: dict[str, float | int | None]
     timing: dict[str, float | None]
     history: list[dict[str, Any]]
+    reliability: dict[str, Any] | None = None
 
 
 class Session:
@@ -38,6 +40,7 @@ class Session:
     Args:
         learner: the student in training.
         evaluate: measures a network on `val` and `test`.
+        details: what else the last call of `evaluate` saw, for the record (`Evaluator.details`).
         fingerprint: of the run; a checkpoint of another one is refused.
         checkpoint_path: where to keep what resuming needs; None keeps nothing.
         on_epoch: told every epoch's line of metrics, after the checkpoint is written.
@@ -52,6 +55,7 @@ class Session:
         evaluate: Callable[[nn.Module], dict[str, float | None]],
         *,
         fingerprint: str,
+        details: Callable[[], dict[str, Any]] = dict,
         checkpoint_path: Path | None = None,
         on_epoch: Callable[[dict[str, Any]], None] = lambda line: None,
         keep_snapshot: Callable[[nn.Module, int], None] = lambda model, epoch: None,
@@ -59,6 +63,7 @@ class Session:
     ) -> None:
         self.learner = learner
         self.evaluate = evaluate
+        self.details = details
         self.fingerprint = fingerprint
         self.checkpoint_path = checkpoint_path
         self.on_epoch = on_epoch
@@ -66,6 +71,7 @@ class Session:
         self.voice = voice
         self.history: list[dict[str, Any]] = []
         self.position = (1, 0)
+        self._last_details: dict[str, Any] = {}
         self._timed = {"seconds": 0.0, "training_seconds": 0.0, "training_images": 0}
         self._epoch_rate: float | None = None
         self._since = time.perf_counter()
@@ -92,6 +98,7 @@ class Session:
             self.learner.schedule.epoch_done(line["epoch"], line.get("val/top1"))
         self.learner.load_state_dict(state["learner"])
         self.position = tuple(state["position"])
+        self._last_details = state.get("details", {})  # checkpoints of older versions have none
         self._timed = state["timed"]
         return True
 
@@ -105,6 +112,7 @@ class Session:
                 "position": [epoch, step],
                 "history": self.history,
                 "timed": dict(self._timed),
+                "details": self._last_details,
                 "learner": self.learner.state_dict(),
             }
             self.learner.processes.first(partial(write_checkpoint, self.checkpoint_path, state))
@@ -126,6 +134,7 @@ class Session:
         line.update({f"train/{name}": value for name, value in self.learner.epoch_figures().items()})
         if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
             line.update(_finite(self.evaluate(self.learner.evaluated_model), epoch))
+            self._last_details = self.details()
         self._count_seconds()
         line.update({"images_per_second": self._epoch_rate, "seconds": self._timed["seconds"]})
         self.history.append(line)
@@ -153,8 +162,10 @@ class Session:
             "seconds": timed["seconds"],
             "training_seconds": timed["training_seconds"],
             "images_per_second": rate,
+            "evaluation_images_per_second": self._last_details.get("images_per_second"),
         }
-        return Record(metrics=metrics, timing=timing, history=self.history)
+        reliability = self._last_details.get("reliability")
+        return Record(metrics=metrics, timing=timing, history=self.history, reliability=reliability)
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()

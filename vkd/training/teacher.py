@@ -51,6 +51,7 @@ class Teacher:
     intermediates: runs the network where a method asks for its features; None for logits alone.
     padded_to: batches are filled up to this size, since a compiled network is compiled again for another; 0: never.
     views: its logits for every view of every training image; None where it is asked anew each time.
+    macs: multiply-accumulates for one image, as far as they were counted.
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class Teacher:
     intermediates: Intermediates | None = None
     padded_to: int = 0
     views: TeacherViews | None = None
+    macs: int | None = None
 
     def __call__(
         self, images: Tensor, student_images: Tensor, view_rows: Tensor | None = None, out: Output | None = None
@@ -169,6 +171,8 @@ class Teacher:
             "sha256": self.sha256,
             "saw_val": self.saw_val,
             "source": self.source,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "macs": self.macs,
         }
 
 
