@@ -44,7 +44,7 @@ from vkd.training.session import Session
 from vkd.training.trainer import Trainer
 
 MACS = 64 * (36 + 2 * 144) + 16 * (2 * 144 + 16) + 4 * (2 * 144 + 16) + 40
-"""Multiply-accumulates of the student on 8x8 images: by stage its pixels and its 3x3 and 1x1 weights; the classifier."""
+"""Multiply-accumulates of the student on 8x8 images: by stage pixels times 3x3 and 1x1 weights; the classifier."""
 
 LEFT_BEHIND = {
     "config.yaml",
