@@ -12,6 +12,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache of the tests' own in place of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VKD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The runs root with a teacher and one student, both of one epoch. Tests must leave it as it is."""

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -592,6 +593,11 @@ def test_a_tracker_that_fails_in_the_middle_is_reported_once_and_asked_no_more(p
     asked = []
 
     class Broken:
+        summary: ClassVar[dict] = {}
+
+        def define_metric(self, *_names, **_options):
+            pass
+
         def log(self, line, step):
             asked.append(step)
             raise BrokenPipeError("gone")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vkd.command import STOPPED, complain, import_training, logger, parse_words, quietly, speaking
+from vkd.command import import_training, logger, parse_words, quietly, run_command
 from vkd.composition import compose_config, group_choices
 from vkd.config import Config, parse
-from vkd.errors import ConfigError, UserError, list_names, nearest
+from vkd.errors import ConfigError, list_names, nearest
 from vkd.speed.scratch import scratch_folder
 
 if TYPE_CHECKING:
@@ -128,19 +128,7 @@ def benchmark(words: Sequence[str], console: Console) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0, 2 for wrong input, 130 when asked to stop."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if any(word in ("-h", "--help") for word in words):
-        print(HELP)
-        return 0
-    with speaking() as console:
-        try:
-            benchmark(words, console)
-        except (UserError, OSError) as error:
-            complain(error)
-            return 2
-        except KeyboardInterrupt:
-            return STOPPED
-    return 0
+    return run_command(argv, HELP, benchmark)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from vkd import launched
 from vkd.config import as_typed
-from vkd.errors import ConfigError
+from vkd.errors import ConfigError, UserError
+from vkd.records.reading import printable
 from vkd.records.run_directory import spoken_label
 
 logger = logging.getLogger("vkd")
@@ -112,6 +113,30 @@ def _discard(stream: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+def run_command(words: Sequence[str] | None, help_page: str, work: Callable[[list[str], Console], None]) -> int:
+    """Do a command's `work` with its words and a console, and give its exit code.
+
+    0; 2 for wrong input or files that cannot be read or written, with one message; 130 when asked to stop.
+
+    Args:
+        words: of the command; None for those of the command line.
+        help_page: shown, in place of the work, where a word asks for it.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if {"-h", "--help", "help"} & set(words):
+        print(help_page.rstrip())
+        return 0
+    with speaking() as console:
+        try:
+            work(words, console)
+        except (UserError, OSError) as error:
+            complain(printable(str(error)))
+            return 2
+        except KeyboardInterrupt:
+            return STOPPED
+    return 0
 
 
 def complain(error: BaseException | str) -> None:

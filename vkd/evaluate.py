@@ -11,13 +11,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from vkd.command import STOPPED, complain, import_training, parse_words, quietly, speaking
+from vkd.command import import_training, parse_words, quietly, run_command
 from vkd.composition import compose_config
 from vkd.config import Config, parse
-from vkd.errors import ConfigError, UserError, nearest, require
+from vkd.errors import ConfigError, nearest, require
 from vkd.records.atomic import write_json_atomically
 from vkd.records.foreign import confined, read_foreign_config
-from vkd.records.reading import number, printable, read_run
+from vkd.records.reading import number, read_run
 from vkd.records.run_directory import RunDirectory
 
 HELP = """\
@@ -162,20 +162,7 @@ def _table(report: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0, 2 for wrong input, 130 when asked to stop."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if any(word in ("-h", "--help") for word in words):
-        print(HELP)
-        return 0
-    with speaking():
-        try:
-            table = _table(evaluate(words))
-        except (UserError, OSError) as error:
-            complain(printable(str(error)))
-            return 2
-        except KeyboardInterrupt:
-            return STOPPED
-    print(table)
-    return 0
+    return run_command(argv, HELP, lambda words, _: print(_table(evaluate(words))))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vkd.command import STOPPED, complain, import_training, parse_words, quietly, speaking
-from vkd.errors import ConfigError, UserError, nearest
+from vkd.command import import_training, parse_words, quietly, run_command
+from vkd.errors import ConfigError, nearest
 from vkd.records.reading import Run, printable, read_run
 
 HELP = """\
@@ -96,20 +96,7 @@ def _finished(folder: Path) -> Run:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0, 2 for wrong input, 130 when asked to stop."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if any(word in ("-h", "--help") for word in words):
-        print(HELP)
-        return 0
-    with speaking():
-        try:
-            folder = export(words)
-        except (UserError, OSError) as error:
-            complain(printable(str(error)))
-            return 2
-        except KeyboardInterrupt:
-            return STOPPED
-    print(printable(str(folder)))
-    return 0
+    return run_command(argv, HELP, lambda words, _: print(printable(str(export(words)))))
 
 
 if __name__ == "__main__":

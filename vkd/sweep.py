@@ -16,8 +16,8 @@ from omegaconf.errors import ValidationError
 from rich.console import Console
 from rich.live import Live
 
-from vkd.command import STOPPED, complain, quietly, speaking
-from vkd.errors import ConfigError, UserError, list_names, nearest
+from vkd.command import quietly, run_command
+from vkd.errors import ConfigError, list_names, nearest
 from vkd.records.sweep_table import SweepReader, SweepTable, find_sweep, to_rich, to_text
 
 HELP = """\
@@ -107,28 +107,20 @@ def watch(reader: SweepReader, console: Console, every: float) -> None:
             time.sleep(every)
 
 
+def _show(words: list[str], console: Console) -> None:
+    config = parse(words)
+    reader = SweepReader(find_sweep(config.dir, config.runs_root))
+    if config.watch:
+        watch(reader, console, config.every)
+    elif console.is_terminal:
+        console.print(to_rich(reader.read()))
+    else:
+        print(to_text(reader.read()))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0, 2 for wrong input, 130 when asked to stop."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if any(word in ("-h", "--help") for word in words):
-        print(HELP)
-        return 0
-    with speaking() as console:
-        try:
-            config = parse(words)
-            reader = SweepReader(find_sweep(config.dir, config.runs_root))
-            if config.watch:
-                watch(reader, console, config.every)
-            elif console.is_terminal:
-                console.print(to_rich(reader.read()))
-            else:
-                print(to_text(reader.read()))
-        except UserError as error:
-            complain(error)
-            return 2
-        except KeyboardInterrupt:
-            return STOPPED
-    return 0
+    return run_command(argv, HELP, _show)
 
 
 if __name__ == "__main__":

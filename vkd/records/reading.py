@@ -15,7 +15,7 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ MOST_VALUES = 50_000
 MOST_LEVELS = 24
 MOST_DIGITS = 1_000
 """Of a number: Python takes the square of their number of steps to read them."""
+MOST_REMEMBERED = 200
+"""Signs of a text that is cleaned once and remembered."""
 LARGEST_FIGURE = 1e40
 """No loss in float32 is beyond it, and the squares that a spread adds up are still finite."""
 FORMAT = 1
@@ -47,6 +49,19 @@ _NEUTRAL |= {"parameters", "macs"}  # counted, and decided by the architecture
 _IN_CONFIG = frozenset({"dataset", "teacher", "student", "method", "divergence", "recipe"})
 _IN_CONFIG |= {"cross_entropy_weight", "precision", "world_size"}
 _RUN_NAME = re.compile(r".*-s(-?\d+)-([0-9a-f]{8})")
+
+
+class Shared(dict):
+    """A section that many runs have alike, held once.
+
+    flat: its part of `Run.parameters`, once that has been asked for.
+    """
+
+    __slots__ = ("flat",)
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.flat: dict[str, Any] | None = None
 
 
 class Damaged(Exception):
@@ -170,7 +185,7 @@ class Run:
         """The metric `name` of a done run; None where it is null, missing or no finite number."""
         return number(self.metrics.get(name))
 
-    @property
+    @cached_property
     def environment(self) -> dict[str, str]:
         """Versions and device of a done run, as text."""
         environment = self.content.get("environment") if self.done else None
@@ -189,12 +204,8 @@ class Run:
                 continue
             if section in ("teacher", "divergence", "method") and self.plain:
                 continue
-            _flatten(clean(str(section)), value, flat)
-        return {
-            name: value
-            for name, value in flat.items()
-            if name.rpartition(".")[2] not in _NEUTRAL and not name.startswith("teacher.accuracy")
-        }
+            flat.update(_flat(clean(str(section)), value))
+        return flat
 
     def teacher_accuracy(self, split: str) -> float | None:
         """The teacher's top-1 on "val" or "test" in percent; None where the run does not say."""
@@ -214,7 +225,7 @@ def read_runs(root: str | Path, relative_to: str | Path | None = None) -> Iterat
     that begin with a dot are skipped.
     """
     base = str(relative_to if relative_to is not None else root)
-    for path, fault in _run_directories(str(root), level=0):
+    for path, fault in run_directories(root):
         name = os.path.relpath(path, base).replace(os.sep, "/")
         yield Run(clean(name), "damaged", fault) if fault else read_run(path, name=name)
 
@@ -279,12 +290,18 @@ def clean(text: str, most: int = 300) -> str:
     is a formula to a plot: whatever cannot be printed is a space, a half of a surrogate pair its number, a backtick an
     apostrophe, a dollar sign has a backslash.
     """
+    # Records repeat their names and settings, and rarely anything longer.
+    text = _as_line(text) if len(text) <= MOST_REMEMBERED else _as_line.__wrapped__(text)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+@lru_cache(maxsize=2**15)
+def _as_line(text: str) -> str:
     text = text.encode("utf-8", errors="backslashreplace").decode("utf-8")
     if not text.isprintable():
         text = "".join(sign if sign.isprintable() else " " for sign in text)
     text = " ".join(text.replace("`", "'").replace("](", "] (").split())
-    text = _DOLLAR.sub(r"\\$", text)
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return _DOLLAR.sub(r"\\$", text)
 
 
 def printable(text: str) -> str:
@@ -294,7 +311,15 @@ def printable(text: str) -> str:
     )
 
 
-def _run_directories(folder: str, level: int) -> Iterator[tuple[str, str]]:
+def run_directories(root: str | Path) -> Iterator[tuple[str, str]]:
+    """The run directories below `root` in the order of their paths, and what may hide some, as `read_runs` finds them.
+
+    Each with what is wrong; empty for a run directory.
+    """
+    return _below(str(root), level=0)
+
+
+def _below(folder: str, level: int) -> Iterator[tuple[str, str]]:
     """The run directories at or below `folder`, which lies `level` levels below the root, and what may hide some.
 
     Each with what is wrong; empty for a run directory.
@@ -321,10 +346,10 @@ def _run_directories(folder: str, level: int) -> Iterator[tuple[str, str]]:
 
 
 def _runs_of(entry: os.DirEntry[str], level: int) -> Iterator[tuple[str, str]]:
-    """What `_run_directories` yields of one entry of a folder, which lies `level` levels below the root."""
+    """What `_below` yields of one entry of a folder, which lies `level` levels below the root."""
     if entry.is_dir(follow_symlinks=False):
         if level <= 4:
-            yield from _run_directories(entry.path, level)
+            yield from _below(entry.path, level)
     elif entry.is_symlink() and not Path(entry.path).is_file():
         # Walked, it could lead to the whole disk, or back here.
         if any(Path(entry.path, name).exists() for name in MARKERS):
@@ -531,6 +556,22 @@ def _text(content: Any, *names: str) -> str:
     """The text at the end of a path of keys, cleaned; empty where there is none."""
     value = _get(content, *names)
     return clean(value, 100) if isinstance(value, str) else ""
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """The leaves of a section by dotted name, but for those that decide nothing."""
+    if isinstance(value, Shared) and value.flat is not None:
+        return value.flat
+    leaves: dict[str, Any] = {}
+    _flatten(name, value, leaves)
+    leaves = {
+        name: leaf
+        for name, leaf in leaves.items()
+        if name.rpartition(".")[2] not in _NEUTRAL and not name.startswith("teacher.accuracy")
+    }
+    if isinstance(value, Shared):
+        value.flat = leaves
+    return leaves
 
 
 def _flatten(name: str, value: Any, into: dict[str, Any]) -> None:
