@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from records.studies import result, write_run
 
 import vkd
+import vkd.collect
+import vkd.collecting
 import vkd.records.terminal
 from vkd.collect import main
 
@@ -32,8 +35,9 @@ def study(tmp_path, monkeypatch):
 def test_a_study_is_written_and_shown(study, tmp_path, capsys):
     assert main(["study=quickstart"]) == 0
     folder = tmp_path / "results" / "quickstart"
-    names = ["accuracy.png", "accuracy.svg", "table.csv", "table.md", "table.tex"]
-    assert sorted(path.name for path in folder.iterdir()) == names
+    names = {"table.csv", "table.md", "table.tex", "report.html"}
+    names |= {f"{name}.{suffix}" for name in ("accuracy", "cost") for suffix in ("png", "svg")}
+    assert {path.name for path in folder.iterdir()} == names
     table = (folder / "table.md").read_text()
     assert capsys.readouterr().out == table
     assert table.startswith("# quickstart: test top-1 (%)\n\n    python -m vkd.collect study=quickstart\n")
@@ -52,6 +56,73 @@ def test_collecting_twice_changes_no_byte(study, tmp_path):
         return {path.name: path.read_bytes() for path in (tmp_path / "results" / "quickstart").iterdir()}
 
     assert collect() == collect()
+
+
+def settle(folder):
+    """Let every file below a folder be a minute old, as those of runs that are over."""
+    then = time.time() - 60
+    for path in folder.rglob("*.*"):
+        if path.is_file():
+            os.utime(path, (then, then))
+
+
+def test_results_that_nothing_has_changed_are_left_alone_and_shown_again(study, tmp_path, capsys, monkeypatch):
+    def collect(*words):
+        assert main(["study=quickstart", *words]) == 0
+        return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}, capsys.readouterr().out
+
+    folder = tmp_path / "results" / "quickstart"
+    settle(study)
+    first, shown = collect()
+    again, shown_again = collect()
+    assert again == first
+    assert shown_again == shown
+    changes = {
+        "a result of another content": lambda: (folder / "table.md").write_text("mine"),
+        "a result that is gone": lambda: (folder / "accuracy.png").unlink(),
+        "a run": lambda: write_run(study, result("kd", "rkld", seed=1, top1=93.0)),
+        "the question": lambda: (tmp_path / "experiments/quickstart/README.md").write_text("# quickstart: why?"),
+    }
+    (tmp_path / "experiments/quickstart").mkdir(parents=True)
+    for what, change in changes.items():
+        before = collect()[0]
+        change()
+        settle(study)
+        after, shown = collect()
+        assert all(after[name] > before[name] for name in ("table.md", "accuracy.png", "report.html")), what
+        assert (folder / "table.md").read_text() == shown
+    assert collect("baseline=none")[0]["table.md"] > after["table.md"]
+
+
+def test_a_figure_that_has_nothing_to_show_any_more_goes_and_other_files_stay(study, tmp_path):
+    folder = tmp_path / "results" / "quickstart"
+    folder.mkdir(parents=True)
+    for name in ("alpha_beta.png", "mine.png"):
+        (folder / name).write_bytes(b"earlier")
+    assert main(["study=quickstart"]) == 0
+    assert not (folder / "alpha_beta.png").exists()
+    assert (folder / "mine.png").read_bytes() == b"earlier"
+
+
+def test_the_records_of_all_runs_of_the_table_can_be_published_with_it(study, tmp_path):
+    environment = {"host": "my-machine", "package": "/home/me/vkd", "platform": "Linux-of-mine"}
+    write_run(study, result("kd", "rkld", seed=1, top1=93.0, environment=environment))
+    folder = tmp_path / "results" / "quickstart"
+    assert main(["study=quickstart", "records=true"]) == 0
+    text = (folder / "runs.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    kept = {record.pop("path"): record for record in records}
+    found = {
+        path.parent.relative_to(study).as_posix(): json.loads(path.read_text()) for path in study.rglob("result.json")
+    }
+    for content in found.values():
+        for name in environment:
+            content["environment"].pop(name, None)
+    assert kept == found
+    assert not any(word in text for word in environment.values())
+    assert "vkd.collect study=quickstart records=true" in (folder / "table.md").read_text()
+    assert main(["study=quickstart"]) == 0
+    assert not (folder / "runs.jsonl").exists()
 
 
 def test_another_metric_and_other_roots_can_be_asked_for(study, tmp_path, capsys):
@@ -366,6 +437,6 @@ def test_being_asked_to_stop_is_an_exit_code_and_no_traceback(study, monkeypatch
     def interrupted(*_args, **_keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(vkd.collect, "read_runs", interrupted)
+    monkeypatch.setattr(vkd.collecting, "build_table", interrupted)
     assert vkd.collect.main(["study=quickstart", f"runs_root={study}"]) == 130
     assert "Traceback" not in capsys.readouterr().err

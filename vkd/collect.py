@@ -1,4 +1,4 @@
-"""Collect the runs of a study into tables and plots: `python -m vkd.collect study=quickstart`.
+"""Collect the runs of a study into tables, plots and a report: `python -m vkd.collect study=quickstart`.
 
 Reads run directories and published figures; torch is not imported, so this works wherever the files are.
 """
@@ -6,20 +6,20 @@ Reads run directories and published figures; torch is not imported, so this work
 from __future__ import annotations
 
 import math
-import shlex
 import sys
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
+from rich.console import Console
 
-from vkd.command import STOPPED, quietly
-from vkd.errors import ConfigError, UserError, list_names, nearest
-from vkd.records.grouping import KD, Table, build_table
-from vkd.records.published import DEFAULT, read_classification
-from vkd.records.reading import Run, clean, printable, read_runs
-from vkd.records.results import write_results
+from vkd.collecting import CollectConfig, collect, list_studies, read_table
+from vkd.command import quietly, run_command
+from vkd.errors import ConfigError, list_names, nearest
+from vkd.records.published import read_classification
+from vkd.records.remembered import RunMemory
 from vkd.records.terminal import print_table, watch_table
 
 HELP = """\
@@ -40,12 +40,20 @@ Keys
                             divergence.temperature
     columns=KEY,KEY         keys of the config that tell columns apart, beside data set, teacher and student, such as
                             recipe.epochs
+    records=false           true: runs.jsonl as well, the records of all runs of the table, to publish with it
     watch=false             true: shows the table again and again while runs go on, until Ctrl-C, and writes nothing; in
                             place on a terminal, elsewhere whenever it has changed
     every=2                 seconds between two looks
+    tracker=none            offline or wandb: table, figures and report as one W&B run of the study's group, into W&B's
+                            offline files or to W&B itself; with project=vkd and entity=NAME
 
-Writes to results_root/study: table.md, table.csv, table.tex (for a paper; needs booktabs), accuracy.png, accuracy.svg;
-prints the table.
+Writes to results_root/study and prints the table:
+    table.md, table.csv, table.tex    the table; the last for a paper (needs booktabs)
+    report.html                       everything on one page, which needs no network
+    accuracy.{png,svg}                every seed of every row
+    alpha_beta.{png,svg}              the map of a grid of alpha and beta, and alpha_beta_line the line alpha + beta = 1
+    curves, reliability, cost         training, calibration, and accuracy against parameters, operations and images/s
+What was made from the same files before is left as it is.
 
 A row is a method with a divergence, a column a data set with a teacher and a student, a cell mean ± standard deviation
 over seeds (number of seeds) and the differences to the plain student and to the baseline. Runs that differ in anything
@@ -67,27 +75,13 @@ which. The format of such files: results/published/README.md.
 
 Exit status: 0, also with holes; 2 when there is nothing to collect or the command is wrong; 130 when asked to stop.
 """
-HEADLINE = "test/top1"
-
-
-@dataclass
-class CollectConfig:
-    """The keys of the command."""
-
-    study: str = MISSING
-    metric: str = HEADLINE
-    baseline: str = KD
-    runs_root: str = "runs"
-    results_root: str = "results"
-    published: str = DEFAULT
-    published_rows: bool = False
-    rows: str = ""
-    columns: str = ""
-    watch: bool = False
-    every: float = 2.0
-
-
-_EXPECTED = {"published_rows": "true or false", "watch": "true or false", "every": "seconds, above 0"}
+_EXPECTED = {
+    "published_rows": "true or false",
+    "records": "true or false",
+    "watch": "true or false",
+    "every": "seconds, above 0",
+}
+_TRACKERS = ("none", "offline", "wandb")
 
 
 def parse(words: list[str]) -> CollectConfig:
@@ -108,93 +102,32 @@ def parse(words: list[str]) -> CollectConfig:
         except ValidationError:
             raise ConfigError(f"{word} is not what this key takes", expected=_EXPECTED[name]) from None
     if OmegaConf.is_missing(config, "study"):
-        shown = _list_studies(config.runs_root)
+        shown = list_studies(config.runs_root)
         raise ConfigError("which study?", expected="study=NAME", hint=shown)
     config = OmegaConf.to_object(config)
     if not (math.isfinite(config.every) and config.every > 0):
         raise ConfigError(f"every={config.every} is no time to wait", expected=_EXPECTED["every"])
+    if config.tracker not in _TRACKERS:
+        near = " or ".join(f"tracker={name}" for name in nearest(config.tracker, _TRACKERS))
+        raise ConfigError(f"there is no tracker {config.tracker!r}", expected=list_names(_TRACKERS), hint=near)
     parts = Path(config.study).parts
     if Path(config.study).is_absolute() or not parts or any(part.startswith(".") for part in parts):
         raise ConfigError(f"study={config.study} is no name of a study", expected="the name of a folder in runs_root")
     return config
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command with the words `argv` (those of the command line by default); the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if {"--help", "-h", "help"} & set(words):
-        print(HELP, end="")
-        return 0
-    try:
-        config = parse(words)
-        if config.watch:
-            watch_table(lambda: read_table(config), config.every)
-        table = collect(config)
-    except UserError as error:
-        print(printable(str(error)), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return STOPPED
-    print_table(table, Path(config.results_root, config.study))
-    return 0
+def _collect(words: list[str], _: Console) -> None:
+    config = parse(words)
+    if config.watch:
+        memory = RunMemory(config.runs)
+        published = read_classification(config.published)
+        watch_table(lambda: read_table(config, memory, published), config.every)
+    collect(config, show=lambda table: print_table(table, config.folder))
 
 
-def collect(config: CollectConfig) -> Table:
-    """Read the study's runs, write its results and give its table. Raises UserError."""
-    table = read_table(config)
-    write_results(table, Path(config.results_root, config.study))
-    return table
-
-
-def read_table(config: CollectConfig) -> Table:
-    """The table of the study's runs as they are now. Raises UserError."""
-    runs = list(read_runs(Path(config.runs_root, config.study), relative_to=config.runs_root))
-    if not runs:
-        folder = Path(config.runs_root, config.study)
-        what = "there are no runs in" if folder.is_dir() else "there is no folder"
-        raise UserError(f"nothing to collect: {what} {folder}", hint=_list_studies(config.runs_root))
-    _check_metric(config.metric, runs)
-    words = [f"study={config.study}"] + [f"metric={config.metric}"] * (config.metric != HEADLINE)
-    words += [f"baseline={config.baseline}"] * (config.baseline != KD)
-    words += [f"published={config.published}"] * (config.published != DEFAULT)
-    words += ["published_rows=true"] * config.published_rows
-    words += [f"{name}={value}" for name in ("rows", "columns") if (value := getattr(config, name))]
-    return build_table(
-        runs,
-        study=config.study,
-        metric=config.metric,
-        baseline=config.baseline,
-        command=shlex.join(["python", "-m", "vkd.collect", *words]),
-        published=read_classification(config.published),
-        published_rows=config.published_rows,
-        row_keys=_split(config.rows),
-        column_keys=_split(config.columns),
-    )
-
-
-def _split(text: str) -> list[str]:
-    """The names in `text`, separated by commas; "none" and "null" name nothing."""
-    names = [name.strip() for name in text.split(",")]
-    return [] if names in (["none"], ["null"]) else [name for name in names if name]
-
-
-def _list_studies(runs_root: str) -> str:
-    """The studies below a folder of runs, as the words that would collect them."""
-    root = Path(runs_root)
-    try:
-        names = sorted(clean(path.name) for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
-    except OSError:
-        names = []
-    return " or ".join(f"study={name}" for name in names[:12]) or f"train something: {root} holds no study yet"
-
-
-def _check_metric(metric: str, runs: list[Run]) -> None:
-    """Raise ConfigError where finished runs exist and none of them knows the metric."""
-    known = {name for run in runs for name in run.metrics}
-    if known and metric not in known:
-        near = nearest(metric, known)
-        hint = " or ".join(f"metric={name}" for name in near)
-        raise ConfigError(f"no run has the metric {metric!r}", expected=list_names(known, most=40), hint=hint)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the words `argv` (those of the command line by default); its exit code."""
+    return run_command(argv, HELP, _collect)
 
 
 if __name__ == "__main__":

@@ -173,12 +173,14 @@ class TrackerConfig:
 
     name: `none`, `offline` (W&B's offline files, nobody is contacted) or `wandb` (online when a key is configured).
     project, entity, tags: W&B's.
+    log_student: log the weights of the finished student as a W&B artifact, named like the run directory.
     """
 
     name: str = "offline"
     project: str = "vkd"
     entity: str | None = None
     tags: list[str] = field(default_factory=list)
+    log_student: bool = False
 
 
 @dataclass

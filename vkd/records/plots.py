@@ -11,24 +11,16 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
-from vkd.records.grouping import SELECTION, Cell, Row, Table, teacher_split
+from vkd.records.grouping import SELECTION, Cell, Column, Row, Table, show, teacher_split
+from vkd.records.plot_styles import PLAIN_STYLE, STYLES, count, cut, new_figure, wrap
 from vkd.records.tables import PERCENT, decimals, metric_title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLAIN_STYLE = ("#000000", "o")
-STYLES = (
-    ("#0072B2", "s"),
-    ("#D55E00", "^"),
-    ("#009E73", "D"),
-    ("#CC79A7", "v"),
-    ("#E69F00", "P"),
-    ("#56B4E9", "X"),
-)
 MOST_ACROSS = 3
 MOST_ROWS = 60
-_MOST_PIXELS = 30_000
+_TITLE_SIGNS = 52
 
 
 def draw(table: Table) -> Figure:
@@ -36,32 +28,30 @@ def draw(table: Table) -> Figure:
 
     Of a table with more than `MOST_ROWS` rows the baselines and the best by val are drawn, and the figure says so.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     across = max(1, min(MOST_ACROSS, len(table.columns)))
     down = max(1, -(-len(table.columns) // across))
     rows = _choose(table.rows)
-    labels = [row.label if len(row.label) <= 60 else row.label[:57] + "..." for row in rows]
+    labels = [cut(row.label, 60) for row in rows]
     label_inches = 0.3 + 0.078 * max(map(len, labels), default=0)
     width = label_inches + 3.5 * across + 0.2
     panel_inches = 0.8 + 0.3 * max(1, len(labels))
     extra = 0.25 if len(rows) < len(table.rows) else 0.0
-    height = down * (panel_inches + 0.75) + 0.25 + extra
-    figure = Figure(figsize=(width, height), dpi=min(150.0, _MOST_PIXELS / max(width, height)))
-    FigureCanvasAgg(figure)
+    titles = [_title(column) for column in table.columns]
+    more = 0.14 * max((title.count("\n") - 1 for title in titles if title.count("\n") > 1), default=0)
+    height = down * (panel_inches + 0.75 + more) + 0.25 + extra
+    figure = new_figure(width, height)
     axes = figure.subplots(down, across, squeeze=False, sharey=True)
     figure.subplots_adjust(
         left=label_inches / width,
         right=1 - 0.7 / width,
-        top=1 - (0.55 + extra) / height,
+        top=1 - (0.55 + extra + more) / height,
         bottom=(0.5 + 0.3) / height,
         wspace=0.7 / 2.8,
-        hspace=1.15 / panel_inches,
+        hspace=(1.15 + more) / panel_inches,
     )
     for index, axis in enumerate(axes.flat):
         if index < len(table.columns):
-            _panel(axis, table, rows, index)
+            _panel(axis, table, rows, index, titles[index])
         else:
             axis.set_axis_off()
     for axis in axes[:, 0]:
@@ -104,7 +94,14 @@ def _choose(rows: list[Row]) -> list[Row]:
     return [rows[index] for index in sorted(ranked[:MOST_ROWS])]
 
 
-def _panel(axis: Any, table: Table, rows: list[Row], index: int) -> None:
+def _title(column: Column) -> str:
+    """The lines above a panel: the data set, the pair, and the settings that tell the column from others."""
+    pair = f"{column.teacher} -> {column.student}" if column.teacher else column.student
+    settings = ", ".join(f"{name}={show(value)}" for name, value in column.settings)
+    return "\n".join([column.dataset, pair, *([wrap(settings, _TITLE_SIGNS)] if settings else [])])
+
+
+def _panel(axis: Any, table: Table, rows: list[Row], index: int, title: str) -> None:
     """Draw the rows of one column of the table."""
     methods = list(dict.fromkeys(row.key.method for row in table.rows if row.key.method != "none"))
     cells = [row.cells[index] for row in rows]
@@ -112,8 +109,6 @@ def _panel(axis: Any, table: Table, rows: list[Row], index: int) -> None:
     for line, (row, cell) in enumerate(zip(rows, cells, strict=True)):
         plain = row.key.method == "none"
         _dots(axis, line, cell, PLAIN_STYLE if plain else STYLES[methods.index(row.key.method) % len(STYLES)])
-    column = table.columns[index]
-    title = f"{column.dataset}\n{column.teacher} -> {column.student}" if column.teacher else column.title
     axis.set_title(title, fontsize=8.5, pad=6 if not values else 14)
     axis.set_xlabel(metric_title(table.metric), fontsize=8.5)
     axis.tick_params(axis="x", labelsize=8)
@@ -168,9 +163,8 @@ def _dots(axis: Any, line: int, cell: Cell, style: tuple[str, str]) -> None:
             markeredgewidth=0.7,
             zorder=2,
         )
-    n, expected = len(cell.values), cell.expected
-    count = f"n={n}" if n == expected else f"n={n} of {expected}"
-    axis.annotate(count, (1, line), (4, 0), ha="left", color="#444444", annotation_clip=False, **right)
+    shown = count(len(cell.values), cell.expected)
+    axis.annotate(shown, (1, line), (4, 0), ha="left", color="#444444", annotation_clip=False, **right)
 
 
 def _teacher(axis: Any, accuracy: float, low: float, high: float, span: float, split: str) -> tuple[float, float]:
