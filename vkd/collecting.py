@@ -90,7 +90,7 @@ def collect(config: CollectConfig, show: Callable[[Table], None]) -> Table:
             tracker=config.tracker,
             project=config.project,
             entity=config.entity,
-            directory=config.folder,
+            directory=Path(config.runs_root, ".collected", config.study),
         )
     return table
 

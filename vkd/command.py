@@ -131,6 +131,8 @@ def run_command(words: Sequence[str] | None, help_page: str, work: Callable[[lis
     with speaking() as console:
         try:
             work(words, console)
+        except BrokenPipeError:
+            raise  # nobody reads the output any more; see `quietly`
         except (UserError, OSError) as error:
             complain(printable(str(error)))
             return 2

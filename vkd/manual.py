@@ -78,6 +78,7 @@ _KEYS = [
         "snapshot_every=null",
         "epochs between copies of the student for vkd.analyze to look at; null: the last one alone",
     ),
+    ("tracker.log_student=false", "true: the finished student as an artifact of W&B"),
     ("sync_batch_norm=true", "over the processes that torchrun starts; false: each of them has statistics of its own"),
     ("students_at_once=null", "of the fused launcher; null: as many as memory holds"),
 ]

@@ -77,7 +77,7 @@ def test_points_are_means_over_seeds_at_the_cost_of_their_student():
     speeds = [x for x, _, _ in drawn(rate)["s"]]
     assert sorted(speeds) == pytest.approx(sorted(9_000 / (place + 1) + 20 for place in range(3)))
     assert "*" not in drawn(rate)
-    assert "images/s on cpu (2 threads)" in spoken(figure)
+    assert "images/s on cpu (2 threads)," in spoken(figure)
     assert parameters.get_ylabel() == "test top-1 (%)"
 
 

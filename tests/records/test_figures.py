@@ -6,12 +6,12 @@ import pytest
 from records.studies import result, write_run
 from records.test_alpha_beta import grid_contents, make
 from records.test_curve_plots import history
-from records.test_map_plots import spoken
+from records.test_map_plots import overlapping, spoken
 from records.test_reliability_plots import bins_of, images_of
 from vkd.records.figures import figures_of
 from vkd.records.grouping import build_table
 from vkd.records.plot_styles import choose_rows, cut, text_colour, wrap
-from vkd.records.plots import to_png, to_svg
+from vkd.records.plots import draw, to_png, to_svg
 from vkd.records.reading import read_runs
 
 NAMES = ["accuracy", "alpha_beta", "alpha_beta_line", "curves", "reliability", "cost"]
@@ -60,6 +60,25 @@ def test_a_damaged_history_is_left_out_and_named(tmp_path):
     assert "cannot be read" in spoken(figure)
     assert path.parent.name in spoken(figure).replace(" ", "")
     assert "n = 1 seed" in spoken(figure)
+
+
+def test_panels_of_the_plot_of_all_rows_say_which_settings_tell_their_columns_apart():
+    contents = [
+        result(method, divergence, seed=seed, recipe={"epochs": epochs, "lr": 0.1})
+        for method, divergence in (("none", None), ("kd", "fkld"))
+        for epochs in (20, 240)
+        for seed in (1, 2)
+    ]
+    figure = draw(make(contents, column_keys=["recipe.epochs", "recipe.lr", "recipe.batch_size"]))
+    assert [axis.get_title() for axis in figure.axes] == [
+        "digits\ncifar_resnet20 -> cifar_resnet8_width4\n"
+        f"recipe.epochs={epochs}, recipe.lr=0.1, recipe.batch_size=64".replace("0.1, recipe.b", "0.1,\nrecipe.b")
+        for epochs in (20, 240)
+    ]
+    assert overlapping(figure) == []
+    assert [axis.get_title() for axis in draw(make(contents)).axes] == [
+        "digits\ncifar_resnet20 -> cifar_resnet8_width4"
+    ]
 
 
 def test_few_rows_are_chosen_by_val_and_never_by_test():

@@ -306,7 +306,9 @@ def _caption(table: Table, points: list[Point], devices: list[str], panels: list
     if any(point.row is None for point in points):
         found[0] += f"; teachers: {teacher_split(table.metric)} top-1"
     if any(place == 2 for _, place in panels):
-        found.append(f"images/s on {clean(devices[0])}; no teacher was timed")
+        found.append(
+            f"images/s on {clean(devices[0])}, timed in each run beside whatever else ran; no teacher was timed"
+        )
     elif len(devices) > 1:
         found.append(f"images/s are left out, since runs come from {len(devices)} devices: {', '.join(devices)}")
     rows = {id(point.row) for point in points if point.row is not None}

@@ -13,6 +13,7 @@ import bisect
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vkd.records.alpha_beta import NAMED, Grid, GridPoint, grids_of
@@ -50,6 +51,7 @@ _LEAST_CELL = 0.03
 _TEXT_SIZE, _NAME_SIZE = 7.5, 6.5
 _DISC_INCHES = 0.24
 _MOST_LABELLED = 12  # discs and marks of a panel
+_MOST_SAID = 8  # points without a run in a caption
 _MOST_VECTOR = 2_500  # cells beyond which an SVG gets them as an image
 _LINE_INCHES = 1.2 * _TEXT_SIZE / 72
 _FORMS = ("wide", "tall", "mean")
@@ -224,7 +226,8 @@ class _Plane:
                 self.alpha.limits, self.beta.limits = limits
             else:
                 self.off.append(point)
-        self.discs = [point for point in self.discs if not any(point is other for other in self.off)]
+        off = set(map(id, self.off))
+        self.discs = [point for point in self.discs if id(point) not in off]
         cells = [(axis.limits[1] - axis.limits[0]) / axis.step for axis in (self.alpha, self.beta)]
         self.cell = tuple(
             max(_LEAST_CELL, min(size, panel / n)) for size, panel, n in zip(_CELL, _PANEL, cells, strict=True)
@@ -337,7 +340,7 @@ class _Panel:
         text = spread(summary, self.digits)
         mean, sign, std = text.partition(" ± ")
         if form == "mean":
-            return [mean[:-1] if self.digits == 2 else mean]
+            return [f"{summary.mean:.1f}" if self.digits == 2 else mean]
         return [text] if form == "wide" or not sign else [mean, f"± {std}"]
 
     def _fits(self, form: str, summaries: list[Summary]) -> bool:
@@ -355,8 +358,8 @@ class _Panel:
 
         better = is_better(self.metric)
         self.map = colormaps[COLOUR_MAP + ("_r" if better == -1 else "")]
-        hidden = [*self.plane.off, *self.plane.beside]
-        drawn = [point for point in self.grid.points if not any(point is other for other in hidden)]
+        hidden = set(map(id, [*self.plane.off, *self.plane.beside]))
+        drawn = [point for point in self.grid.points if id(point) not in hidden]
         means = [summary.mean for point in drawn if (summary := self.summary(point))]
         low, high, extend = _colour_range(means, 10.0**-self.digits)
         self.norm = Normalize(low, high)
@@ -434,6 +437,8 @@ class _Panel:
                         across, up = (2 * h * cut / size for h, size in zip(half, plane.cell, strict=True))
                         right, top = x + half[0], y + half[1]
                         corners.append([(right - across, top), (right, top), (right, top - up)])
+                        edge = plane.inches((right, top))
+                        self.taken.append(_Box(edge[0] - cut, edge[1] - cut, *edge))
                 texts.append((point, alpha, beta, summary))
         self.axes.pcolormesh(
             plane.alpha.edges(),
@@ -486,7 +491,7 @@ class _Panel:
         slack = (self.plane.cell[1] - height) / 2 - 0.03
         for shift in (0.0, *((slack, -slack) if slack > 0 else ())):
             box = _Box.around(x, y + shift, width, height)
-            if not any(box.meets(other) for other in self._fixed()):
+            if not any(box.meets(other) for other in self._fixed):
                 break
         else:
             return
@@ -507,17 +512,11 @@ class _Panel:
             zorder=3,
         )
 
+    @cached_property
     def _fixed(self) -> list[_Box]:
         """Where discs and the marks of names lie, which cannot give way."""
-        if not hasattr(self, "_fixed_boxes"):
-            marks = [self._mark_place(*named) for named in self._marked()]
-            self._fixed_boxes = []
-            for point in self.plane.discs:
-                size = self._disc_inches(point)
-                place = self.plane.inches(self.plane.place(point.alpha, point.beta))
-                self._fixed_boxes.append(_Box.around(*place, size, size))
-            self._fixed_boxes += [_Box.around(*place, 0.1, 0.1) for place in marks]
-        return self._fixed_boxes
+        marks = [_Box.around(*self._mark_place(*named), 0.1, 0.1) for named in self._marked()]
+        return [*map(self._disc_box, self.plane.discs), *marks]
 
     def _is_named_inside(self, name: str) -> bool:
         """Whether cells have room for a value and for the name of a divergence."""
@@ -549,6 +548,11 @@ class _Panel:
         size = _DISC_INCHES if len(self.plane.discs) <= _MOST_LABELLED else _DISC_INCHES / 2
         return size * (1.5 if point.chosen else 1.0)
 
+    def _disc_box(self, point: GridPoint) -> _Box:
+        """What a disc covers."""
+        size = self._disc_inches(point)
+        return _Box.around(*self.plane.inches(self.plane.place(point.alpha, point.beta)), size, size)
+
     def _discs(self) -> None:
         """The points beside the regular part."""
         discs = self.plane.discs
@@ -568,14 +572,12 @@ class _Panel:
                 zorder=5,
                 clip_on=False,
             )
-        for point in discs:
-            if not self.summary(point):
-                x, y = self.plane.place(point.alpha, point.beta)
-                self.axes.plot(x, y, marker="x", color="#000000", markersize=7, linestyle="none", zorder=5)
-        for point in discs:
-            size = self._disc_inches(point)
-            place = self.plane.inches(self.plane.place(point.alpha, point.beta))
-            self.taken.append(_Box.around(*place, size, size))
+        without = [self.plane.place(point.alpha, point.beta) for point in discs if not self.summary(point)]
+        if without:
+            self.axes.plot(
+                *zip(*without, strict=True), marker="x", color="#000000", markersize=7, linestyle="none", zorder=5
+            )
+        self.taken += map(self._disc_box, discs)
         if len(discs) > _MOST_LABELLED:
             return
         for point in discs:
@@ -796,6 +798,7 @@ def _name_points(axes: Any, points: list[GridPoint], limits: tuple[float, float]
 
 
 def _any_chosen(points: list[GridPoint]) -> bool:
+    """Whether one of the points is the choice."""
     return any(point.chosen for point in points)
 
 
@@ -878,6 +881,12 @@ def _caption(table: Table, grid: Grid, plane: _Plane, metrics: list[str]) -> lis
             is_off = any(point is other for other in plane.off)
             where = f"({show(point.alpha)}, {show(point.beta)}){', beyond the map' if is_off else ''}"
             found.append(f"{point.row.label}, at {where}: {_values(point, metrics)}")
+    empty = [(alpha, beta, grid.at(alpha, beta)) for alpha in grid.alphas for beta in grid.betas]
+    empty = [place for place in empty if place[2] is None or place[2].val is place[2].value is None]
+    if empty:
+        words = [f"({show(alpha)}, {show(beta)}) {' and '.join(_why(point, ''))}" for alpha, beta, point in empty]
+        more = f"; and {len(words) - _MOST_SAID} more" if len(words) > _MOST_SAID else ""
+        found.append(f"no finished run: {'; '.join(words[:_MOST_SAID])}{more}")
     off = sum(point.is_alpha_beta for point in plane.off)
     if off:
         found.append(f"beyond the map: {off} further point{'s' * (off > 1)} of abkd, which the table has")

@@ -117,23 +117,27 @@ def draw_reliability(table: Table) -> Figure | None:
 
 def _panels(table: Table, split: str) -> tuple[list[tuple[str, str, Cell, Reliability]], list[str]]:
     """Column, row, cell and images of each diagram, and what is said of those that are left out."""
-    able = [
-        index
-        for index in range(len(table.columns))
-        if any(_pooled(row.cells[index], split) for row in table.rows if row.cells[index].group)
-    ]
+    able = [index for index in range(len(table.columns)) if any(_states(row.cells[index], split) for row in table.rows)]
     panels, sentences = [], []
     shown = able[:MOST_COLUMNS]
     for index in shown:
-        rows = [row for row in table.rows if row.cells[index].group and _pooled(row.cells[index], split)]
+        rows = [row for row in table.rows if _states(row.cells[index], split)]
         few = choose_rows(replace(table, rows=rows), index, max(2, MOST_PANELS // len(shown)))
         title = table.columns[index].title
-        panels += [(title, row.label, row.cells[index], _pooled(row.cells[index], split)) for row in few]
+        found = [(title, row.label, row.cells[index], _pooled(row.cells[index], split)) for row in few]
+        panels += [panel for panel in found if panel[-1] is not None]
         if sentence := about_rows(len(few), len(rows)):
             sentences.append(f"{clean(title)}: {sentence}" if len(shown) > 1 else sentence)
     if len(shown) < len(able):
         sentences.append(f"the first {len(shown)} of {len(able)} columns")
     return panels, sentences
+
+
+def _states(cell: Cell, split: str) -> bool:
+    """Whether any run of a cell says something of a split, whatever that may be."""
+    runs = cell.group.runs.values() if cell.group is not None else ()
+    told = (run.content.get("reliability") for run in runs)
+    return any(isinstance(one, dict) and isinstance(one.get(split), dict) for one in told)
 
 
 def _pooled(cell: Cell, split: str) -> Reliability | None:
