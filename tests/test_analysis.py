@@ -223,6 +223,14 @@ def test_the_bounds_are_those_of_the_paper_with_the_rate_over_the_square_of_the_
             assert ours.tolist() == pytest.approx(theirs, rel=1e-10)
 
 
+def test_a_factor_scales_gradient_and_bound_alike():
+    student, teacher, _ = random_logits(5, 8)
+    for point in [(1.0, 0.0), (0.8, 0.3), (0.0, 0.0)]:
+        plain, scaled = AlphaBeta(*point), AlphaBeta(*point, factor=0.7)
+        for function in (logit_gradient, lambda *pair: mass_ratio_bound(*pair, rate=0.1)):
+            assert torch.allclose(function(student, teacher, scaled), 0.7 * function(student, teacher, plain))
+
+
 def test_forward_kl_moves_each_class_by_all_that_its_bound_allows_at_any_temperature():
     student, teacher, _ = random_logits(6, 9)
     for temperature in (1.0, 4.0):

@@ -14,12 +14,15 @@ import timm
 import torch
 import yaml
 from commands import PAIR, TEACHERS, only_run, read, runs_in, snapshot, train
+from records.studies import result
 
 import vkd.models  # noqa: F401 - registers the networks
 from vkd.analyze import HELP, AnalyzeConfig, main
 from vkd.config import DatasetConfig
 from vkd.data import load_data
 from vkd.records.analysis_plots import draw_steps, draw_training
+from vkd.records.grouping import build_table
+from vkd.records.reading import Run
 
 ARCH = "cifar_resnet8_width4"
 EPOCHS = 2
@@ -299,6 +302,7 @@ def test_a_run_that_failed_or_has_no_teacher_is_refused(mine, refused):
     run = run_of(mine, "rkld")
     (run / "status.json").write_text(json.dumps({"state": "failed", "reason": "out of luck"}))
     assert "out of luck" in refused(f"run={run}")
+    assert "output=FILE" in refused(f"run={run_of(mine, 'fkld')}", "output=nowhere/found.json")
 
 
 def test_a_teacher_that_has_gone_can_be_named_and_another_one_is_refused(mine, trained, refused, tmp_path):
@@ -387,6 +391,22 @@ def test_a_study_compares_forward_and_reverse_kl_with_the_point_that_val_chose(m
         epochs = [entry["epoch"] for entry in row["epochs"]]
         assert epochs == (list(range(EPOCHS + 1)) if row["stands_for"] else [EPOCHS])
     assert len(grid["rows"]) == 4
+
+
+def test_where_val_chose_a_kullback_leibler_divergence_the_best_of_the_other_points_is_compared():
+    from vkd.analyzing import families_of
+
+    tops = {(1.0, 0.0): 80.0, (0.8, 0.3): 70.0, (0.5, 0.5): 75.0, (0.3, 0.3): 60.0}
+    contents = [result("kd", "abkd", point=point, val=top, top1=100 - top) for point, top in tops.items()]
+    contents.append(result("kd", "rkld"))
+    runs = [Run(f"{place}", "done", "", content) for place, content in enumerate(contents)]
+    (family,) = families_of(build_table(runs, study="s", metric="val/top1", command="c"))
+    labels = {name: row.label for name, row in family.rows.items()}
+    assert labels == {"FKLD": "kd abkd (1, 0)", "RKLD": "kd rkld", "AB": "kd abkd (0.5, 0.5)"}
+    assert any("which is forward KL itself" in note for note in family.notes)
+    (family,) = families_of(build_table(runs[1:], study="s", metric="val/top1", command="c"))
+    assert {name: row.label for name, row in family.rows.items()} == {"RKLD": "kd rkld", "AB": "kd abkd (0.5, 0.5)"}
+    assert family.notes == []
 
 
 def test_seeds_are_averaged_and_their_number_is_stated(made, analysed, tmp_path, monkeypatch):

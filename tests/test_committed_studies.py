@@ -95,7 +95,7 @@ def test_every_figure_of_the_table_follows_from_the_records_of_its_runs(study):
 
 
 def test_the_mean_in_every_form_of_the_table_is_the_one_of_the_records(study):
-    folder, _, lines, rows = study
+    folder, _, _, rows = study
     printed = (folder / "table.md").read_text()
     for seeds in rows.values():
         values = [metrics["test/top1"] for metrics in seeds.values()]
@@ -116,7 +116,9 @@ def test_validation_chose_the_point_and_the_note_says_what_test_would_have_gaine
     chosen = max(means["val"], key=means["val"].get)
     gain = max(means["test"].values()) - means["test"][chosen]
     notes = (folder / "table.md").read_text()
-    assert f"({chosen[2]:g}, {chosen[3]:g})" in next(line for line in notes.splitlines() if "¶" in line and "chose" in line)
+    assert f"({chosen[2]:g}, {chosen[3]:g})" in next(
+        line for line in notes.splitlines() if "¶" in line and "chose" in line
+    )
     assert f"{gain:.2f}" in notes
     assert len({record["teacher"]["sha256"] for record in records if record["teacher"]}) == 1
 

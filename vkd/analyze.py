@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from vkd.command import STOPPED, complain, import_training, parse_words, quietly, speaking
 from vkd.errors import ConfigError, UserError, nearest
@@ -28,7 +28,8 @@ KEYS
   run=null                  directory of a finished run with a teacher: its student after the last epoch and every
                             snapshot (snapshot_every=1 of vkd.train leaves one an epoch); writes analysis.json there
   study=null                folder of runs below runs_root: forward KL, reverse KL and the alpha-beta point chosen by
-                            val/top1, over training and in one step from the same student; the other points at the end
+                            val/top1 (where that is one of these two, the best of the others), over training and in one
+                            step from the same student; the other points after the last epoch
   split=null                val, train or test; null: val, and train where there is no val. Nothing is selected by it
   images=1000               how many of it, spread evenly over its order, not augmented
   rate=0.1                  of the step z - rate * T^2 * dD/dz whose log mass ratio is looked at
@@ -100,35 +101,26 @@ def analyze(words: Sequence[str]) -> str:
     config = _parse(words)
     runs_root = Path(config.runs_root)
     runs = finished_runs(runs_root, config.study) if config.run is None else [finished_run(Path(config.run))]
+    target = Path(config.output or Path(config.run or ".", "analysis.json"))
+    if config.run is not None and not os.access(target.parent, os.W_OK):
+        raise ConfigError(f"{target} cannot be written", expected="a file in a folder of yours", hint="output=FILE")
     import_training()
     from vkd.analyzing import Request, Workbench, analyze_run, analyze_study
 
-    request = Request(
-        split=config.split,
-        images=config.images,
-        rate=config.rate,
-        device=config.device,
-        data_root=config.data_root,
-        teacher_checkpoint=config.teacher.checkpoint,
-        fetch=config.fetch,
-    )
+    shared = {name: getattr(config, name) for name in ("split", "images", "rate", "device", "data_root", "fetch")}
+    request = Request(**shared, teacher_checkpoint=config.teacher.checkpoint)
     if config.run is not None:
         found = analyze_run(Path(config.run), runs[0], Workbench(request))
-        write_json_atomically(config.output or Path(config.run, "analysis.json"), found)
+        write_json_atomically(target, found)
         return run_tables(found)
-    words = [f"{entry.name}={value}" for entry in fields(config) if (value := _said(config, entry.name)) is not None]
+    said = {name: getattr(config, name) for name in ("study", "split", "images", "rate")}
+    words = [f"{name}={value}" for name, value in said.items() if value != getattr(AnalyzeConfig, name)]
     command = shlex.join(["python", "-m", "vkd.analyze", *words])
     table = build_table(runs, study=config.study, metric=SELECTION, command=command)
     found = analyze_study(table, runs_root, request)
     folder = Path(config.results_root, config.study)
     write_analysis(found, folder)
     return f"{study_tables(found)}\n\n{folder}"
-
-
-def _said(config: AnalyzeConfig, name: str) -> Any:
-    """The value of a key that decides the figures, where it is not the usual one; None elsewhere."""
-    value = getattr(config, name)
-    return value if name in ("study", "split", "images", "rate") and value != getattr(AnalyzeConfig, name) else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -48,7 +48,8 @@ from vkd.training.teacher import Teacher, open_untrained
 logger = logging.getLogger("vkd")
 
 FKLD, RKLD, AB = "FKLD", "RKLD", "AB"
-"""What a study compares: forward KL, reverse KL, and the point of the alpha-beta divergence that val/top1 chose."""
+"""What a study compares: forward KL, reverse KL, and the point of the alpha-beta divergence that val/top1 chose, or the
+best of the others where that is one of these two."""
 
 MOST_EPOCHS = 16
 """Snapshots of a run that the analysis of a study looks at; of more, as many that lie evenly."""
@@ -60,6 +61,7 @@ _BLOCK = 2**19
 _BINS = 12
 """Of q, in which the classes of all images are counted."""
 _FEWEST_IN_BIN = 50
+_KULLBACK_LEIBLER = {(1.0, 0.0): "forward KL", (0.0, 1.0): "reverse KL"}
 _SHAPES = ("divergence.name", "divergence.alpha", "divergence.beta", "divergence.match_kl_scale")
 _SETTINGS = ("method.", "divergence.", "cross_entropy_weight")
 
@@ -257,7 +259,7 @@ def _logits(model: torch.nn.Module, normalization: Normalization, images: _Image
     return torch.cat(parts)
 
 
-def student_files(folder: Path, run: Run, config: Config) -> dict[int, Path]:
+def student_files(folder: Path, config: Config) -> dict[int, Path]:
     """The students of a run by the number of epochs behind them: its snapshots, and the one after the last epoch."""
     directory = RunDirectory(folder)
     files = {epoch: path for epoch, path in directory.snapshots().items() if epoch < config.recipe.epochs}
@@ -313,7 +315,7 @@ def analyze_run(
             expected="a method that compares distributions, such as kd",
         )
     scene = workbench.scene(folder, run)
-    files = student_files(folder, run, scene.config)
+    files = student_files(folder, scene.config)
     notes = _notes(run, scene, files)
     if last_only:
         files = {epoch: files[epoch] for epoch in list(files)[-1:]}
@@ -472,7 +474,10 @@ class Family:
 
 
 def families_of(table: Table) -> list[Family]:
-    """What there is to compare in a table, column by column; the point of a grid is the one that the table chose."""
+    """What there is to compare in a table, column by column; the point of a grid is the one that the table chose.
+
+    Where that is forward or reverse KL itself, it is the best of the others by the same val/top1.
+    """
     found = []
     for index in range(len(table.columns)):
         rows = [row for row in table.rows if row.cells[index].group is not None and row.cells[index].group.runs]
@@ -500,8 +505,19 @@ def _fill(family: Family, members: list[Row]) -> None:
         family.notes.append(f"{chosen[0].label} is the only point of the alpha-beta divergence")
     elif not chosen and family.points:
         family.notes.append("no point of the alpha-beta divergence is chosen, since none has a val/top1")
+    if chosen and (chosen[0].key.alpha, chosen[0].key.beta) in _KULLBACK_LEIBLER:
+        others = [row for row in family.points if (row.key.alpha, row.key.beta) not in _KULLBACK_LEIBLER]
+        others = [row for row in others if cells[id(row)].val is not None and cells[id(row)].chosen is not None]
+        if others:
+            best = max(others, key=lambda row: round(cells[id(row)].val.mean, 9))
+            kind = _KULLBACK_LEIBLER[chosen[0].key.alpha, chosen[0].key.beta]
+            family.notes.append(
+                f"val/top1 chose {chosen[0].label}, which is {kind} itself; AB is {best.label}, which has the best "
+                "val/top1 of the others"
+            )
+            chosen = [best]
     wanted = _settings(chosen[0], family.index) if chosen else None
-    for name, divergence, point in ((FKLD, "fkld", (1.0, 0.0)), (RKLD, "rkld", (0.0, 1.0))):
+    for name, divergence, point in zip((FKLD, RKLD), ("fkld", "rkld"), _KULLBACK_LEIBLER, strict=True):
         own = [row for row in members if row.key.divergence == divergence]
         same = [row for row in family.points if (row.key.alpha, row.key.beta) == point]
         fitting = [row for row in own + same if wanted is None or _settings(row, family.index) == wanted]
@@ -620,7 +636,7 @@ def _analyze_step(family: Family, runs_root: Path, workbench: Workbench, notes: 
         try:
             scene = workbench.scene(Path(runs_root, with_teacher.path), with_teacher)
             own = workbench.scene(Path(runs_root, run.path), run)
-            files = student_files(Path(runs_root, run.path), run, own.config)
+            files = student_files(Path(runs_root, run.path), own.config)
             epoch = min((epoch for epoch in files if epoch > 0), default=max(files))
             logits = student_logits(own, files[epoch], run)
         except UserError as error:
@@ -647,9 +663,3 @@ def _starts(family: Family) -> Iterator[tuple[Row, str]]:
     for name in (AB, FKLD, RKLD):
         if name in family.rows:
             yield family.rows[name], family.rows[name].label
-
-
-def label_of(divergence: dict[str, Any]) -> str:
-    """A divergence in words: "abkd (0.8, 0.3)"."""
-    exponents: Sequence[Any] = [divergence[name] for name in ("alpha", "beta") if name in divergence]
-    return divergence["name"] + (f" ({', '.join(f'{value:g}' for value in exponents)})" if exponents else "")

@@ -52,6 +52,18 @@ def test_figures_that_have_nothing_to_show_are_left_out(tmp_path):
     assert list(figures_of(make([]), tmp_path)) == ["accuracy"]
 
 
+def test_numbers_that_a_file_may_hold_but_no_training_has_do_not_stop_the_figures():
+    points = [(1e308, 0), (-1e308, 1e308), (1e6, -1e6), (0.5, 0.5), (0.7, 0.3), (0.5 + 2e-9, 0.5), (1e-300, 1)]
+    contents = [result("kd", "abkd", point=point) for point in points]
+    for content in contents:
+        content["metrics"]["test/ece"] = 1e40 if content["divergence"]["alpha"] == 0.5 else -3e-39
+    for metric in ("test/top1", "test/ece"):
+        figures = figures_of(make(contents, metric=metric), "nowhere")
+        assert {"accuracy", "alpha_beta", "alpha_beta_line", "cost"} <= set(figures)
+        for figure in figures.values():
+            to_svg(figure)
+
+
 def test_a_damaged_history_is_left_out_and_named(tmp_path):
     table = write_study(tmp_path, [result("kd", "fkld", seed=seed) for seed in (1, 2)])
     path = next(iter(tmp_path.glob("*/*/*-s2-*/metrics.jsonl")))

@@ -5,7 +5,7 @@
   divergence.match_kl_scale multiplies by is 1 there, so that it may be anything.
 - Of a row without a finished run there is a config alone, which says less than a result. It stands in every grid that
   it does not contradict.
-- Fewer than two distinct points of abkd are no grid.
+- Fewer than two distinct points of abkd are no grid, and one beyond a million is no point.
 
 alpha and beta count as the same where they agree to nine decimals: a range of a sweep says 0.30000000000000004.
 """
@@ -37,6 +37,7 @@ OWN_POINTS: dict[str, tuple[float, float]] = {"fkld": (1.0, 0.0), "rkld": (0.0, 
 
 ALPHA_BETA = "abkd"
 _DECIMALS = 9
+_FURTHEST = 1e6  # from 0: no map can show both this and the points that divergences are named for
 _LEAST_FILLED = 0.5  # share of the betas that an alpha of the regular part has, and the other way round
 _MOST_IN_TITLE = 4
 _OF_POINT = frozenset({"divergence.name", "divergence.alpha", "divergence.beta"})
@@ -217,7 +218,8 @@ def _families(rows: list[Row], index: int) -> list[_Family]:
     points = [
         (row, group)
         for row, group in groups
-        if group.key.divergence == ALPHA_BETA and None not in (group.key.alpha, group.key.beta)
+        if group.key.divergence == ALPHA_BETA
+        and all(value is not None and abs(value) <= _FURTHEST for value in (group.key.alpha, group.key.beta))
     ]
     exact: dict[tuple, _Family] = {}
     for row, group in points:

@@ -46,13 +46,21 @@ def draw_steps(found: dict[str, Any]) -> Figure | None:
             for axis, group in zip(axes[1:], ("under", "over"), strict=True):
                 _curve(axis, name, entry[group]["q"], entry[group])
         q = f"student's probability q, T = {step['temperature']:g}"
-        titles = ("all classes", "under-estimated classes (q < p)", "over-estimated classes (q \N{GREATER-THAN OR EQUAL TO} p)")
+        titles = (
+            "all classes",
+            "under-estimated classes (q < p)",
+            "over-estimated classes (q \N{GREATER-THAN OR EQUAL TO} p)",
+        )
         for axis, title, words in zip(axes, titles, ("rank of the class at the teacher", q, q), strict=True):
             _dress(axis, title, words, "mean log mass ratio (nats)")
             _logarithmic(axis.xaxis)
             axis.axhline(0.0, color=_GREY, linewidth=0.8, zorder=1)
         start = f"{clean(step['from'])}, epoch {step['epoch']}, seed {step['seed']}"
-        _head(axes[0], grid, f"one step each, of equal mean L1 norm, from: {start}; n = {step['images']:,} images of {grid['split']}")
+        _head(
+            axes[0],
+            grid,
+            f"one step each, of equal mean L1 norm, from: {start}; n = {step['images']:,} images of {grid['split']}",
+        )
     names = dict.fromkeys(name for grid in grids for name in grid["step"]["steps"])
     _legend(figure, list(names), ["band: between the quartiles"])
     return figure

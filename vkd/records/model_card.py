@@ -6,7 +6,6 @@ for a shell or left out.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from vkd.records.commands import command_of
 from vkd.records.grouping import show
 from vkd.records.reading import Run, clean, number, read_run
 from vkd.records.statistics import Summary, summarise
@@ -39,10 +39,6 @@ LICENCES = {
 }
 """Of the known data sets: under which terms their authors offer them, and whom to cite."""
 UNKNOWN_LICENCE = "see its authors"
-
-_PREFIX = ["python", "-m", "vkd.train"]
-_OF_THIS_MACHINE = ("runs_root=", "results_root=", "data_root=", "tracker", "device=")
-"""What words of a command begin with that say where its files and accounts are, and decide no number."""
 
 
 @dataclass(frozen=True)
@@ -280,30 +276,10 @@ def _code(exported: Exported) -> str:
 
 
 def _repeating(run: Run) -> str:
-    command = _command(run)
+    command = command_of(run)
     if command is None:
         return "The run has not recorded the command that started it."
     return f"```sh\n{command}\n```"
-
-
-def _command(run: Run) -> str | None:
-    """The command that the run recorded, without the folders of its machine; None where it is no command of vkd's.
-
-    Each word is quoted anew: whoever pastes the line starts `vkd.train` and nothing else, whoever wrote the file.
-    """
-    environment = run.content.get("environment")
-    recorded = environment.get("command") if isinstance(environment, dict) else None
-    if not isinstance(recorded, str) or not recorded.isprintable():
-        return None
-    try:
-        words = shlex.split(recorded)
-    except ValueError:
-        return None
-    if words[:3] != _PREFIX:
-        return None
-    processes = number(run.parameters.get("world_size")) or 1
-    start = _PREFIX if processes == 1 else ["torchrun", "--nproc-per-node", str(int(processes)), *_PREFIX[1:]]
-    return shlex.join([*start, *(word for word in words[3:] if not word.startswith(_OF_THIS_MACHINE))])
 
 
 def _versions(run: Run, exported: Exported) -> list[str]:

@@ -209,7 +209,7 @@ def _diagram(diagram: Any, strip: Any, pooled: Reliability, mean_ece: float | No
         1 / BINS,
         bottom=accuracy,
         align="edge",
-        facecolor=(0.835, 0.369, 0.0, 0.25),
+        facecolor="none",
         edgecolor=STYLES[1][0],
         hatch="/////",
         linewidth=0.6,

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vkd.errors import ConfigError
 from vkd.records.alpha_beta import NAMED, OWN_POINTS, Grid, GridPoint, grids_of
+from vkd.records.commands import OF_THIS_MACHINE, TRAIN, command_of
 from vkd.records.grouping import SELECTION, Row, Table, show
 from vkd.records.histories import Curve, curves_of, read_history
-from vkd.records.model_card import _OF_THIS_MACHINE, _PREFIX, _command
 from vkd.records.reading import Damaged, Run, clean
 from vkd.records.statistics import Summary
 from vkd.records.sweep_index import FILE_NAME, FOLDER, read_sweep
@@ -788,7 +788,7 @@ def _recorded_command(run: Run) -> str | None:
     """The command that a finished run recorded; None where it is none of vkd's, or too long to take apart."""
     environment = run.content.get("environment")
     recorded = environment.get("command") if isinstance(environment, dict) else None
-    return _command(run) if isinstance(recorded, str) and len(recorded) <= _MOST_COMMAND else None
+    return command_of(run) if isinstance(recorded, str) and len(recorded) <= _MOST_COMMAND else None
 
 
 def _size_of_run(run: Mapping[str, Any]) -> int:
@@ -815,7 +815,7 @@ def _words_of_sweeps(runs_root: Path, paths: set[str]) -> dict[str, str]:
         for job in jobs:
             parts = Path(job.directory or "").parts
             tails = {"/".join(parts[-level:]) for level in levels} & paths
-            words = [word for word in job.overrides if not word.startswith(_OF_THIS_MACHINE)]
+            words = [word for word in job.overrides if not word.startswith(OF_THIS_MACHINE)]
             if tails and all(word.isprintable() for word in words):
-                found |= dict.fromkeys(tails, shlex.join([*_PREFIX, *words]))
+                found |= dict.fromkeys(tails, shlex.join([*TRAIN, *words]))
     return found
