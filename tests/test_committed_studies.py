@@ -81,7 +81,7 @@ def test_every_figure_of_the_table_follows_from_the_records_of_its_runs(study):
         assert float(line["std"]) == pytest.approx(statistics.stdev(own.values()), abs=1e-9)
         assert int(line["n"]) == len(own)
         assert row[-1] in fractions
-        for name, wanted in (("plain", ("none", "", None, None)), ("baseline", ("kd", "fkld", None, None))):
+        for name, wanted in (("plain", ("none", "", None, None)), ("kd", ("kd", "fkld", None, None))):
             pairs = differences(own, top1.get((*wanted, row[-1])))
             if pairs is None:
                 assert line[f"difference_to_{name}"] == ""
@@ -105,7 +105,7 @@ def test_the_mean_in_every_form_of_the_table_is_the_one_of_the_records(study):
 
 
 def test_validation_chose_the_point_and_the_note_says_what_test_would_have_gained(study):
-    folder, records, _, rows = study
+    folder, records, lines, rows = study
     grid = {row: seeds for row, seeds in rows.items() if row[1] == "abkd" and row[-1] > 0}
     if not grid:
         pytest.skip("no grid")
@@ -115,11 +115,14 @@ def test_validation_chose_the_point_and_the_note_says_what_test_would_have_gaine
     }
     chosen = max(means["val"], key=means["val"].get)
     gain = max(means["test"].values()) - means["test"][chosen]
-    notes = (folder / "table.md").read_text()
-    assert f"({chosen[2]:g}, {chosen[3]:g})" in next(
-        line for line in notes.splitlines() if "¶" in line and "chose" in line
-    )
-    assert f"{gain:.2f}" in notes
+    (note,) = (line for line in (folder / "table.md").read_text().splitlines() if "was chosen from" in line)
+    assert f"({chosen[2]:g}, {chosen[3]:g})" in note
+    assert f"from {len(grid)} points" in note
+    assert f"selecting on test would have gained {gain:+.2f}" in note
+    for line in lines:
+        if (row := of_line(line, records)) in grid:
+            assert float(line["val_top1"]) == pytest.approx(means["val"][row], abs=1e-9)
+            assert line["chosen_from_grid"] == str(int(row == chosen))
     assert len({record["teacher"]["sha256"] for record in records if record["teacher"]}) == 1
 
 
