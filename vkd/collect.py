@@ -122,7 +122,7 @@ def _collect(words: list[str], _: Console) -> None:
         memory = RunMemory(config.runs)
         published = read_classification(config.published)
         watch_table(lambda: read_table(config, memory, published), config.every)
-    collect(config, show=lambda table: print_table(table, config.folder))
+    collect(config, show=lambda make: print_table(make, config.folder))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

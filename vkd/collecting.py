@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 from omegaconf import MISSING
@@ -60,14 +61,18 @@ class CollectConfig:
         return words + [f"{name}={value}" for name in ("rows", "columns") if (value := getattr(self, name))]
 
 
-def collect(config: CollectConfig, show: Callable[[Table], None]) -> Table:
-    """Read the study's runs, show their table, write its results and, where that is asked for, log them.
+def collect(config: CollectConfig, show: Callable[[Callable[[], Table]], None]) -> None:
+    """Read the study's runs, write the results, show the table and, where that is asked for, log all of it.
 
     Results that were made from the same files by the same version of vkd are left as they are. Raises UserError.
+
+    Args:
+        show: given what makes the table, which takes a while, for the case that its files do not serve.
     """
     memory = RunMemory(config.runs)
     published = read_classification(config.published)
-    table = read_table(config, memory, published)
+    runs = _read(config, memory)
+    table = cache(partial(_make, config, runs, published))
     what = str(config.folder.resolve())
 
     def state() -> str:
@@ -76,7 +81,7 @@ def collect(config: CollectConfig, show: Callable[[Table], None]) -> Table:
         return memory.state(config.words, repr(published), stamp(files))
 
     if not memory.was_made(what, state()):
-        write_results(table, config.folder, runs_root=Path(config.runs_root), records=config.records)
+        write_results(table(), config.folder, runs_root=Path(config.runs_root), records=config.records)
         memory.remember(what, state())
     else:
         memory.remember()
@@ -85,14 +90,13 @@ def collect(config: CollectConfig, show: Callable[[Table], None]) -> Table:
         from vkd.study_tracking import log_study
 
         log_study(
-            table,
+            table(),
             config.folder,
             tracker=config.tracker,
             project=config.project,
             entity=config.entity,
             directory=Path(config.runs_root, ".collected", config.study),
         )
-    return table
 
 
 def read_table(config: CollectConfig, memory: RunMemory, published: list[ClassificationFigure]) -> Table:
@@ -102,11 +106,20 @@ def read_table(config: CollectConfig, memory: RunMemory, published: list[Classif
         memory: of the runs of the study.
         published: figures of others, to stand beside ours.
     """
+    return _make(config, _read(config, memory), published)
+
+
+def _read(config: CollectConfig, memory: RunMemory) -> list[Run]:
+    """The study's runs. Raises UserError where there are none, or none has the metric."""
     runs = memory.read(relative_to=config.runs_root)
     if not runs:
         what = "there are no runs in" if config.runs.is_dir() else "there is no folder"
         raise UserError(f"nothing to collect: {what} {config.runs}", hint=list_studies(config.runs_root))
     _check_metric(config.metric, runs)
+    return runs
+
+
+def _make(config: CollectConfig, runs: list[Run], published: list[ClassificationFigure]) -> Table:
     return build_table(
         runs,
         study=config.study,

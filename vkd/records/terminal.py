@@ -20,12 +20,12 @@ from vkd.records.tables import about_selections, grid, holes, metric_title, ours
 MOST_HOLES = 20
 
 
-def print_table(table: Table, folder: Path) -> None:
-    """Show the table, whose files lie in `folder`: with rich on a terminal, as Markdown elsewhere."""
+def print_table(make: Callable[[], Table], folder: Path) -> None:
+    """Show the table that `make` makes and whose files lie in `folder`: with rich on a terminal, elsewhere table.md."""
     if not sys.stdout.isatty():
-        print(to_markdown(table), end="")
+        print((folder / "table.md").read_text(encoding="utf-8"), end="")
         return
-    console = _console()
+    table, console = make(), _console()
     for part in [*to_rich(table, console.width), *_below(table)]:
         console.print(part)
     console.print(f"notes, all holes and plots: {folder}")
