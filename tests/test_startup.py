@@ -18,7 +18,7 @@ import vkd.evaluate
 import vkd.train
 from vkd.command import import_training, quietly
 
-COMMANDS = ["vkd.train", "vkd.collect", "vkd.evaluate", "vkd.sweep", "vkd.export"]
+COMMANDS = ["vkd.train", "vkd.collect", "vkd.evaluate", "vkd.sweep", "vkd.export", "vkd.analyze", "vkd.dashboard"]
 HEAVY = {"torch", "torchvision", "timm", "wandb", "sklearn", "scipy", "matplotlib"}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(vkd.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 

@@ -115,6 +115,7 @@ def train_page() -> str:
         "",
         "A run leaves config.yaml, metrics.jsonl, result.json, student.safetensors, last.ckpt, status.json and",
         "train.log in runs/<study>/<teacher>-<student>/<method>-<divergence>-s<seed>-<hash>/.",
-        "See also: --help of python -m vkd.sweep, vkd.collect, vkd.evaluate, vkd.export, vkd.benchmark.",
+        "See also: --help of python -m vkd.sweep, vkd.collect, vkd.analyze, vkd.evaluate, vkd.export, vkd.dashboard,",
+        "vkd.benchmark.",
     ]
     return "\n".join(lines)
