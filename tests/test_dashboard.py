@@ -178,6 +178,14 @@ def test_what_w_and_b_refuses_is_one_message(monkeypatch, capsys):
 # What is refused
 
 
+def test_nobody_is_contacted_where_wandb_mode_forbids_it(monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "Api", None)
+    assert dashboard("entity=me") == 2
+    assert capsys.readouterr().err.startswith("vkd: WANDB_MODE=offline lets nobody contact W&B")
+
+
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [

@@ -216,6 +216,25 @@ def test_snapshots_show_the_student_before_training_on_the_way_and_at_the_end_wh
     assert not (only_run(place / "runs" / "teachers") / "snapshots").exists()
 
 
+def test_snapshots_that_come_too_late_are_told_of_and_those_of_an_attempt_that_is_lost_go(place, capsys):
+    words = ["recipe.epochs=2", "study=late"]
+    assert train(*words) == 0
+    directory = RunDirectory(only_run(place / "runs" / "late"))
+    assert train(*words, "snapshot_every=1") == 0
+    assert "done without snapshots" in capsys.readouterr().out
+    (directory.path / "status.json").unlink()
+    directory.checkpoint.unlink()
+    directory.snapshot(7).parent.mkdir()
+    for lost in (directory.snapshot(7), directory.path / "snapshots" / ".epoch_0001.safetensors.x.tmp"):
+        lost.write_bytes(b"of an earlier attempt")
+    assert train(*words, "snapshot_every=2") == 0
+    assert list(directory.snapshots()) == [0, 2]
+    assert sorted(path.name for path in (directory.path / "snapshots").iterdir()) == [
+        "epoch_0000.safetensors",
+        "epoch_0002.safetensors",
+    ]
+
+
 def test_a_command_leaves_the_process_that_calls_it_as_it_was(place):
     def state():
         logger = logging.getLogger("vkd")

@@ -75,10 +75,12 @@ def collect(config: CollectConfig, show: Callable[[Callable[[], Table]], None]) 
     table = cache(partial(_make, config, runs, published))
     what = str(config.folder.resolve())
 
+    # As they are now: what changes while the results are written is the next call's.
+    made_from = stamp(inputs_of(config.study, folder=config.folder, runs_root=Path(config.runs_root)))
+
     def state() -> str:
-        made_from = inputs_of(config.study, folder=config.folder, runs_root=Path(config.runs_root))
-        files = [*made_from, *(config.folder / name for name in RESULTS)]
-        return memory.state(config.words, repr(published), stamp(files))
+        made = stamp(config.folder / name for name in RESULTS)
+        return memory.state(config.words, repr(published), made_from, made)
 
     if not memory.was_made(what, state()):
         write_results(table(), config.folder, runs_root=Path(config.runs_root), records=config.records)

@@ -10,10 +10,13 @@ import logging
 import os
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from vkd import launched
@@ -169,12 +172,24 @@ def own_exit_code(code: int) -> int:
 def parse_words(schema: type, words: Sequence[str]) -> object:
     """An instance of the dataclass `schema` from `key=value` words.
 
+    A text is taken as it stands, so that a study may be called `on` or `1e3`; `null` is no text.
+
     Raises ConfigError for a word that is no `key=value`, an unknown key or a value of the wrong type.
     """
+    texts = {name for name, kind in typing.get_type_hints(schema).items() if kind in (str, str | None)}
+    values = OmegaConf.create()
     for word in words:
-        if "=" not in word or word.startswith("-"):
+        key, equals, value = word.partition("=")
+        if not equals or word.startswith("-"):
             raise ConfigError(f"{word!r} is not a key=value word", expected="words such as study=quickstart, or --help")
-    return as_typed(schema, OmegaConf.from_dotlist(list(words)))
+        if key in texts:
+            values[key] = None if value in ("", "null") else value.replace("${", "\\${")
+            continue
+        try:
+            values = OmegaConf.merge(values, OmegaConf.from_dotlist([word]))
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{word} is not what this key takes", expected="key=value") from error
+    return as_typed(schema, values)
 
 
 @functools.cache

@@ -64,6 +64,13 @@ def dashboard(words: Sequence[str]) -> str:
             expected="the packages of the extra of that name",
             hint="pip install 'vkd[dashboard]', or pip install wandb-workspaces",
         )
+    mode = os.environ.get("WANDB_MODE", "online")
+    if config.output is None and mode != "online":
+        raise ConfigError(
+            f"WANDB_MODE={mode} lets nobody contact W&B",
+            expected="WANDB_MODE=online, or none",
+            hint="output=dashboard.json, for a look at what would be sent",
+        )
     if config.output is None and not has_wandb_key():
         raise ConfigError(
             "no W&B key is configured",

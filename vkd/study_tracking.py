@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vkd.records.grouping import Table
+from vkd.records.results import ANALYSES, RESULTS
 from vkd.tracking import artifact_name, may_contact_wandb
 
 logger = logging.getLogger("vkd")
@@ -119,12 +120,13 @@ def _number(cell: str) -> float | None:
 
 
 def _all_files(study: str, folder: Path) -> Any:
-    """The artifact with every file of a folder of results."""
+    """The artifact with what `vkd.collect` and `vkd.analyze` wrote to a folder of results, and nothing else there."""
     import wandb
 
     results = wandb.Artifact(artifact_name(f"{study}-results"), type="results", metadata={"study": study})
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
+    analysis = ["analysis.json", "analysis.md", *(f"{name}.{suffix}" for name in ANALYSES for suffix in ("png", "svg"))]
+    for file in sorted(folder / name for name in (*RESULTS, *analysis)):
+        if file.is_file() and not file.is_symlink():
             results.add_file(str(file), name=file.name)
     return results
 

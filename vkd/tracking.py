@@ -310,9 +310,9 @@ def has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
+        path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
         entry = netrc.netrc(path).authenticators(host)
-    except (OSError, ValueError, netrc.NetrcParseError):
+    except (OSError, ValueError, RuntimeError, netrc.NetrcParseError):  # RuntimeError: the user has no home
         return False
     return entry is not None and bool(entry[2])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vkd.errors import ModelError
-from vkd.models import count_parameters, create_model, input_normalization
+from vkd.models import count_macs, count_parameters, create_model, input_normalization
 
 
 def refusal(arch: str, **arguments) -> str:
@@ -187,3 +187,24 @@ def test_only_trainable_parameters_are_counted():
     assert count_parameters(model) == 278_324
     model.fc.requires_grad_(False)
     assert count_parameters(model) == 278_324 - 6_500
+
+
+def test_multiply_accumulates_of_attention_are_counted_on_every_device_and_a_failure_is_none():
+    model = create_model("test_vit", num_classes=10, image_size=(32, 32)).eval()
+    macs = count_macs(model, torch.zeros(1, 3, 32, 32))
+    blocks = model.blocks
+    for block in blocks:
+        block.attn.fused_attn = False
+    assert count_macs(model, torch.zeros(1, 3, 32, 32)) == macs
+    tokens, width = model.pos_embed.shape[1], model.embed_dim
+    linear = sum(
+        tokens * layer.weight.numel()
+        for block in blocks
+        for layer in block.modules()
+        if hasattr(layer, "bias") and isinstance(layer, nn.Linear)
+    )
+    attention = len(blocks) * 2 * tokens * tokens * width
+    patches = tokens - model.num_prefix_tokens
+    embedding, head = patches * model.patch_embed.proj.weight.numel(), model.head.weight.numel()
+    assert macs == linear + attention + embedding + head
+    assert count_macs(nn.Linear(3, 4), torch.zeros(1, 5)) is None

@@ -52,7 +52,7 @@ def test_points_are_means_over_seeds_at_the_cost_of_their_student():
     assert [axis.get_xlabel() for axis in (parameters, macs, rate)] == [
         "parameters",
         "multiply-accumulates of one image",
-        "images/s, forward pass of the student alone",
+        "images/s of evaluation",
     ]
     assert all(axis.get_xscale() == "log" for axis in (parameters, macs, rate))
     for axis, cost in ((parameters, 0), (macs, 1)):

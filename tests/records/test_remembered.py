@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from records.studies import result, write_run
-from vkd.records import remembered
-from vkd.records.reading import read_runs
+from vkd.records import reading, remembered
+from vkd.records.reading import Damaged, read_runs
 from vkd.records.remembered import RunMemory, cache_file
 
 
@@ -43,13 +43,13 @@ def read_afresh(study):
     """What a process that starts now reads, keeping it for the next one, and what it read from files."""
     opened = []
 
-    def reading(path, name=None):
+    def reading_it(path, name=None):
         opened.append(Path(path).name)
         return read_run(path, name)
 
     read_run = remembered.read_run
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remembered, "read_run", reading)
+        patch.setattr(remembered, "read_run", reading_it)
         memory = RunMemory(study)
         runs = memory.read(study.parent)
     memory.remember()
@@ -114,6 +114,46 @@ def test_what_changed_a_moment_ago_is_not_believed_since_its_time_need_not_tell_
     assert told(again) == told(read_runs(study, study.parent))
 
 
+def test_a_file_that_could_not_be_read_is_tried_again_although_it_is_the_same(study, monkeypatch):
+    def failing(folder, name, most=0):
+        if name == "result.json" and "none-s1" in folder:
+            raise Damaged("result.json cannot be read: Input/output error")
+        return read_bytes(folder, name)
+
+    read_bytes = reading._read_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(reading, "_read_bytes", failing)
+        runs, _ = read_afresh(study)
+        assert "damaged" in [run.state for run in runs if "none-s1" in run.path]
+    again, opened = read_afresh(study)
+    assert [name.rpartition("-")[0] for name in opened] == ["none-s1"]
+    assert told(again) == told(read_runs(study, study.parent))
+
+
+def test_a_run_written_over_with_its_old_time_is_read_again(study):
+    read_afresh(study)
+    path = sorted(study.glob("*/none-s1-*"))[0] / "result.json"
+    before = path.stat()
+    text = path.read_text()
+    assert "91.0" in text
+    path.write_text(text.replace("91.0", "49.0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    runs, _ = read_afresh(study)
+    assert 49.0 in [run.metric("test/top1") for run in runs]
+
+
+@pytest.mark.parametrize("entry", [None, [], 3, {}, ["?"], [None, "done", "", {"metrics": 10**6}]])
+def test_an_entry_of_the_cache_that_makes_no_sense_is_read_again(study, entry):
+    expected = told(read_afresh(study)[0])
+    content = json.loads(cache_file(study).read_text())
+    for own, known in content["runs"].items():
+        content["runs"][own] = [known[0], *entry[1:]] if isinstance(entry, list) and len(entry) == 4 else entry
+    cache_file(study).write_text(json.dumps(content))
+    runs, opened = read_afresh(study)
+    assert len(opened) == 9
+    assert told(runs) == expected
+
+
 @pytest.mark.parametrize("damage", ["", "[]", "{}", '{"reader": 1}', "\x00", "[" * 100_000])
 def test_a_damaged_cache_is_as_none(study, damage):
     expected = told(read_afresh(study)[0])
@@ -132,6 +172,17 @@ def test_the_cache_of_another_version_is_not_believed(study, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_done_without(study, monkeypatch):
     monkeypatch.setattr(remembered, "cache_file", lambda root: Path("/proc/nothing/here.json"))
+    assert len(read_afresh(study)[1]) == 9
+    assert len(read_afresh(study)[1]) == 9
+
+
+def test_a_user_without_a_home_has_no_cache(study, monkeypatch):
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("VKD_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
     assert len(read_afresh(study)[1]) == 9
     assert len(read_afresh(study)[1]) == 9
 

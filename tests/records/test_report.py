@@ -402,8 +402,27 @@ def test_figures_are_on_the_page_byte_for_byte_in_one_order(study, page, tmp_pat
     (folder / "mass_step.svg").write_bytes(SVG)
     (folder / "mass_training.svg").mkdir()
     write_run(tmp_path / "runs", result())
+    analysed = {"grids": [{"rows": [{"runs": [result()["fingerprint"]]}]}]}
+    (folder / "analysis.json").write_text(json.dumps(analysed))
     html, _ = report(tmp_path, figures={"accuracy": SVG})
     assert re.findall(r"\((\w+)\.svg beside", html) == ["accuracy", "mass_step"]
+    assert "are of other runs" not in html
+
+
+@pytest.mark.parametrize(
+    "analysis",
+    [None, "", "[]", '{"grids": [{"rows": [{"seeds": [1]}]}]}', '{"grids": [{"rows": [{"runs": ["another"]}]}]}'],
+)
+def test_figures_of_an_analysis_of_other_runs_are_left_out_and_the_page_says_so(tmp_path, analysis):
+    folder = tmp_path / "results" / "quickstart"
+    folder.mkdir(parents=True)
+    write_run(tmp_path / "runs", result())
+    (folder / "mass_step.svg").write_bytes(SVG)
+    if analysis is not None:
+        (folder / "analysis.json").write_text(analysis)
+    html, _ = report(tmp_path, figures={"accuracy": SVG})
+    assert re.findall(r"\((\w+)\.svg beside", html) == ["accuracy"]
+    assert "are of other runs than these, and left out: python -m vkd.analyze study=quickstart" in parse(html).text
 
 
 def test_figures_that_are_too_large_are_named_instead(tmp_path):
@@ -685,6 +704,7 @@ def test_histories_that_are_damaged_or_lead_elsewhere_are_left_out(tmp_path):
     page = parse(report(tmp_path)[0])
     (data,) = [json.loads(one.text) for one in page.all("script") if one.attributes.get("type")]
     assert data[0]["metrics"][0]["series"][0]["n"] == [1, 1, 1]
+    assert f"Without the curves of quickstart/{bad.parent.name}/{bad.name}: " in page.text
 
 
 def test_what_would_make_the_page_too_large_is_left_out_and_named(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
 """What accuracy costs: the table's metric against the student's parameters, multiply-accumulates and speed.
 
 A point is a row in one column, so that students of several sizes stand beside each other, with their teachers. Images/s
-are those of the student's forward pass alone, and are shown where all of them were measured on one device.
+are those of evaluation (images loaded, put through the student and measured), and are shown where all of them were
+measured on one device.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def draw_cost(table: Table) -> Figure | None:
     few = _choose(table, columns)
     points = [point for index in columns for point in points_of(table, index, few)]
     devices = _devices(points)
-    titles = ["parameters", "multiply-accumulates of one image", "images/s, forward pass of the student alone"]
+    titles = ["parameters", "multiply-accumulates of one image", "images/s of evaluation"]
     panels = [
         (title, place)
         for place, title in enumerate(titles)
@@ -152,10 +153,17 @@ def _summary(runs: list[Run], fact: Callable[[Run], float | None]) -> Summary | 
     return summarise(value for run in runs if (value := fact(run)) is not None)
 
 
+def _device(run: Run) -> str:
+    """Where a run was measured, on several processes where there were several."""
+    device = run.environment.get("device", "an unknown device")
+    processes = int(number(run.parameters.get("world_size")) or 1)
+    return device if processes == 1 else f"{processes} x {device}"
+
+
 def _devices(points: list[Point]) -> list[str]:
     """On what the images/s of the points were measured."""
     found = {
-        run.environment.get("device", "an unknown device")
+        _device(run)
         for point in points
         if point.row is not None and point.costs[2]
         for run in point.row.cells[point.column].group.runs.values()
@@ -307,7 +315,8 @@ def _caption(table: Table, points: list[Point], devices: list[str], panels: list
         found[0] += f"; teachers: {teacher_split(table.metric)} top-1"
     if any(place == 2 for _, place in panels):
         found.append(
-            f"images/s on {clean(devices[0])}, timed in each run beside whatever else ran; no teacher was timed"
+            f"images/s on {clean(devices[0])}, loading and measuring included, timed beside whatever else ran; no "
+            "teacher was timed"
         )
     elif len(devices) > 1:
         found.append(f"images/s are left out, since runs come from {len(devices)} devices: {', '.join(devices)}")

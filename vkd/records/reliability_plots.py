@@ -187,8 +187,9 @@ def _draw(
 
 
 def _mean_ece(cell: Cell, split: str) -> float | None:
-    """The mean over the seeds of the ECE that the runs state."""
-    found = (run.metric(f"{split}/ece") for _, run in sorted(cell.group.runs.items()))
+    """The mean over the seeds of the ECE that those runs state whose bins are drawn."""
+    drawn = (run for _, run in sorted(cell.group.runs.items()) if reliability_of(run, split) is not None)
+    found = (run.metric(f"{split}/ece") for run in drawn)
     summary = summarise(value for value in found if value is not None)
     return summary and summary.mean
 

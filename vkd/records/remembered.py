@@ -1,9 +1,9 @@
 """Runs that were read before: what `read_runs` yields, without reading again what has not changed.
 
-A study of ten thousand runs is thirty thousand files. What was read of them is kept in a file of the user's own cache,
+A study of ten thousand runs is forty thousand files. What was read of them is kept in a file of the user's own cache,
 not beside the runs, which may come from elsewhere and are checked whenever they are read. A run is taken from there
-where its three files are still the same by inode, size and time of change; vkd replaces files and never writes into
-them. Whatever is wrong with the cache, the runs are read as if there were none.
+where its files are still the same by inode, size and times of change; vkd replaces files and never writes into them.
+Whatever is wrong with the cache, the runs are read as if there were none.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from vkd.records.reading import MARKERS, Run, Shared, clean, read_run, run_direc
 
 _ALONE = frozenset({"metrics", "timing", "reliability"})
 """Sections of a result that no two runs have alike."""
+_FILES = (*sorted(MARKERS), "metrics.jsonl")
 _SETTLED = 2_000_000_000
 """Nanoseconds after which a file's time of change is sure to tell a later change from the last one."""
 
@@ -43,7 +44,7 @@ class RunMemory:
         self._made: dict[str, str] = {}
         self._stated: dict[str, list[Any]] = {}
         self._is_new = True
-        self._is_fresh = False
+        self._is_sure = True
         self._load()
 
     def read(self, relative_to: str | Path | None = None) -> list[Run]:
@@ -59,15 +60,18 @@ class RunMemory:
             signature = _signature(path)
             own = os.path.relpath(path, self.root)
             self._stated[own] = signature
-            entry = self._known.get(own)
-            if entry is None or entry[0] != signature:
+            run = self._recalled(own, signature, name)
+            if run is None:
                 run = read_run(path, name=name)
-                fresh = _is_fresh(signature)
-                self._is_fresh = self._is_fresh or fresh
-                entry = [None if fresh else signature, run.state, run.reason, self._packed(run.content)]
+                # What could not be read may be readable in a moment, with the same files.
+                is_sure = "cannot be read" not in run.reason and not _is_fresh(signature)
+                self._is_sure = self._is_sure and is_sure
+                packed = self._packed(run.content)
+                self._known[own] = [signature if is_sure else None, run.state, run.reason, packed]
                 self._is_new = True
-            known[own] = entry
-            runs.append(Run(name, entry[1], entry[2], self._unpacked(entry[3])))
+                run = Run(name, run.state, run.reason, self._unpacked(packed))
+            known[own] = self._known[own]
+            runs.append(run)
         self._is_new = self._is_new or len(known) < len(self._known)
         self._known = known
         return runs
@@ -82,7 +86,7 @@ class RunMemory:
 
     def remember(self, what: str = "", state: str = "") -> None:
         """Keep what was read, and that `what` was made from `state`. A cache that cannot be written is done without."""
-        if what and not self._is_fresh and self._made.get(what) != state:
+        if what and self._is_sure and self._made.get(what) != state:
             self._made[what] = state
             self._is_new = True
         if not self._is_new:
@@ -98,6 +102,14 @@ class RunMemory:
 
     def _names(self) -> list[str]:
         return [name for name, _ in self._sections]
+
+    def _recalled(self, own: str, signature: list[Any], name: str) -> Run | None:
+        """The run as it was read before; None where it was not, has changed, or what was kept makes no sense."""
+        try:
+            then, state, reason, packed = self._known[own]
+            return Run(name, state, reason, self._unpacked(packed)) if then == signature else None
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return None
 
     def _packed(self, content: dict[str, Any]) -> dict[str, Any]:
         """A run's content with the number of a section in place of each that others may have too."""
@@ -149,7 +161,10 @@ def cache_file(root: Path) -> Path:
     """Where what was read below a folder is kept: in VKD_CACHE, or vkd's folder in XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("VKD_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "vkd")
     name = hashlib.sha256(str(root.resolve()).encode("utf-8", errors="surrogateescape")).hexdigest()[:16]
-    return Path(own).expanduser() / "collect" / f"{name}.json"
+    try:
+        return Path(own).expanduser() / "collect" / f"{name}.json"
+    except RuntimeError:  # the user has no home
+        return Path(os.devnull, f"{name}.json")
 
 
 def stamp(files: Iterable[Path]) -> list[Any]:
@@ -158,7 +173,7 @@ def stamp(files: Iterable[Path]) -> list[Any]:
 
 
 def _signature(folder: str) -> list[Any]:
-    return [_stamp_of(f"{folder}{os.sep}{name}") for name in sorted(MARKERS)]
+    return [_stamp_of(f"{folder}{os.sep}{name}") for name in _FILES]
 
 
 def _is_fresh(signature: list[Any]) -> bool:
@@ -171,7 +186,7 @@ def _stamp_of(path: str) -> list[int] | None:
         found = os.stat(path)  # noqa: PTH116 - a Path of each file took a fifth of the time
     except OSError:
         return None
-    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode]
+    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_mode]
 
 
 def _digest(value: Any) -> str:

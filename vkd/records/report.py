@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
-import shlex
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -25,10 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vkd.errors import ConfigError
-from vkd.records.alpha_beta import NAMED, OWN_POINTS, Grid, GridPoint, grids_of
-from vkd.records.commands import OF_THIS_MACHINE, TRAIN, command_of
+from vkd.records.alpha_beta import NAMED, Grid, GridPoint, grids_of
+from vkd.records.commands import command_of, train_command
 from vkd.records.grouping import SELECTION, Row, Table, show
 from vkd.records.histories import Curve, curves_of, read_history
+from vkd.records.plot_styles import choose_rows
 from vkd.records.reading import Damaged, Run, clean
 from vkd.records.statistics import Summary
 from vkd.records.sweep_index import FILE_NAME, FOLDER, read_sweep
@@ -115,7 +115,8 @@ def to_html(table: Table, *, runs_root: Path, folder: Path, figures: Mapping[str
     runs = _runs(table)
     seen = grids_of(table)
     environment = _environment()
-    shown, more_figures = _figures(figures, folder)
+    analysis = _analysis(folder, {run.fingerprint for run in runs.values() if run.done})
+    shown, more_figures = _figures(figures, analysis or {})
     maps = _maps(table, seen)
     context = {
         "study": table.study,
@@ -132,6 +133,7 @@ def to_html(table: Table, *, runs_root: Path, folder: Path, figures: Mapping[str
         "curves": _curves(table, runs_root),
         "figures": shown,
         "more_figures": more_figures,
+        "stale_analysis": analysis is None,
         "holes": _said(holes(table), MOST_RUNS),
         "machines": _machines(runs),
         "runs": _listed_runs(table, runs, runs_root),
@@ -651,28 +653,12 @@ def _parallel(table: Table, one: Grid) -> dict[str, Any] | None:
     }
 
 
-def _main_rows(table: Table, index: int) -> list[Row]:
-    """The rows of a column whose curves are shown, in the order of the table.
-
-    Plain training and the row of KD by forward and reverse KL, what val chose, then the best by val.
-    """
-
-    def rank(row: Row) -> tuple:
-        cell, key = row.cells[index], row.key
-        is_baseline = key.method == "none" or (key.method == "kd" and key.divergence in OWN_POINTS)
-        return (not (cell.chosen or cell.best), not is_baseline, -(cell.val.mean if cell.val else -1.0))
-
-    filled = [place for place, row in enumerate(table.rows) if row.cells[index].values]
-    chosen = sorted(filled, key=lambda place: (rank(table.rows[place]), place))[:MOST_CURVES]
-    return [table.rows[place] for place in sorted(chosen)]
-
-
 def _curves(table: Table, runs_root: Path) -> list[dict[str, Any]]:
     """The curves of the main rows of each column, as the page's script draws them, metric by metric."""
     found = []
     for index, column in enumerate(table.columns[:MOST_GRIDS]):
-        rows = _main_rows(table, index)
-        histories = _histories(rows, index, runs_root)
+        rows = choose_rows(table, index, MOST_CURVES)
+        histories, unread = _histories(rows, index, runs_root)
         places = {id(row): place for place, row in enumerate(rows)}
         few = replace(table, rows=rows)
         metrics = []
@@ -684,7 +670,15 @@ def _curves(table: Table, runs_root: Path) -> list[dict[str, Any]]:
         if metrics:
             labels = [_readable(row.label) for row in rows]
             total = sum(bool(row.cells[index].values) for row in table.rows)
-            found.append({"title": _readable(column.title), "labels": labels, "metrics": metrics, "rows": total})
+            found.append(
+                {
+                    "title": _readable(column.title),
+                    "labels": labels,
+                    "metrics": metrics,
+                    "rows": total,
+                    "unread": unread,
+                }
+            )
     return found
 
 
@@ -693,16 +687,18 @@ def _curve_title(metric: str) -> str:
     return "train loss (nats, weighted sum of all terms)" if metric == "train/loss" else metric_title(metric)
 
 
-def _histories(rows: Sequence[Row], index: int, runs_root: Path) -> dict[str, list[dict[str, float]]]:
-    """The histories of the rows' runs by their paths; those that are damaged or not there are left out."""
-    found = {}
+def _histories(rows: Sequence[Row], index: int, runs_root: Path) -> tuple[dict[str, list[dict[str, float]]], list[str]]:
+    """The histories of the rows' runs by their paths, and why others are left out."""
+    found, unread = {}, []
     for row in rows:
         group = row.cells[index].group
         for _, run in sorted(group.runs.items())[:_MOST_SEEDS] if group is not None else ():
             if ".." not in Path(run.path).parts and not Path(run.path).is_absolute():
-                with suppress(Damaged):
+                try:
                     found[run.path] = read_history(runs_root / run.path)
-    return found
+                except Damaged as error:
+                    unread.append(f"{run.path}: {clean(str(error))}")
+    return found, unread
 
 
 def _series(curve: Curve, row: int) -> dict[str, Any]:
@@ -718,13 +714,23 @@ def _series(curve: Curve, row: int) -> dict[str, Any]:
     }
 
 
-def _figures(figures: Mapping[str, bytes], folder: Path) -> tuple[list[dict[str, str]], list[str]]:
+def _analysis(folder: Path, fingerprints: set[str]) -> dict[str, bytes] | None:
+    """The figures of `vkd.analyze` by name; None where they are of other runs than those with these fingerprints."""
+    found = {name: _read_plain_file(folder / f"{name}.svg", _MOST_SVG_BYTES) for name in _OF_FOLDER}
+    found = {name: content for name, content in found.items() if content is not None}
+    if not found:
+        return {}
+    try:
+        content = json.loads(_read_plain_file(folder / "analysis.json", _MOST_SVG_BYTES) or b"")
+        analysed = {run for grid in content["grids"] for row in grid["rows"] for run in row["runs"]}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return found if analysed and analysed <= fingerprints else None
+
+
+def _figures(figures: Mapping[str, bytes], others: Mapping[str, bytes]) -> tuple[list[dict[str, str]], list[str]]:
     """The static figures as data of the page, in its order, and the names of those for which there is no room."""
-    data = dict(figures)
-    for name in _OF_FOLDER:
-        content = _read_plain_file(folder / f"{name}.svg", _MOST_SVG_BYTES)
-        if name not in data and content is not None:
-            data[name] = content
+    data = {**others, **figures}
     names = [name for name in _FIGURES if name in data] + sorted(data.keys() - _FIGURES.keys())
     shown, left, room = [], [], 2 * _SHARE
     for name in names:
@@ -815,7 +821,6 @@ def _words_of_sweeps(runs_root: Path, paths: set[str]) -> dict[str, str]:
         for job in jobs:
             parts = Path(job.directory or "").parts
             tails = {"/".join(parts[-level:]) for level in levels} & paths
-            words = [word for word in job.overrides if not word.startswith(OF_THIS_MACHINE)]
-            if tails and all(word.isprintable() for word in words):
-                found |= dict.fromkeys(tails, shlex.join([*TRAIN, *words]))
+            if tails and (command := train_command(job.overrides)):
+                found |= dict.fromkeys(tails, command)
     return found

@@ -31,6 +31,7 @@ def inputs_of(study: str, *, folder: Path, runs_root: Path) -> list[Path]:
         root = root.parent
     return [
         root / "experiments" / study / "README.md",
+        folder / "analysis.json",
         *(folder / f"{name}.svg" for name in ANALYSES),
         *sorted((runs_root / SWEEPS).glob(f"*/{SWEEP_FILE}")),
     ]

@@ -110,6 +110,11 @@ class RunDirectory:
                 found[int(match[1])] = path
         return dict(sorted(found.items()))
 
+    def remove_snapshots(self) -> None:
+        """Remove the snapshots that there are."""
+        for path in self.snapshots().values():
+            path.unlink(missing_ok=True)
+
     @property
     def checkpoint(self) -> Path:
         """What resuming needs."""
@@ -193,7 +198,7 @@ class RunDirectory:
                     lock.acquire(timeout=1)
         try:
             # What a kill left of a file that was being written; nobody else writes here now.
-            for leftover in self.path.glob(".*.tmp"):
+            for leftover in (*self.path.glob(".*.tmp"), *self.path.glob("snapshots/.*.tmp")):
                 leftover.unlink(missing_ok=True)
             yield
         finally:

@@ -472,6 +472,8 @@ class _Group:
                 # A teacher that is there is nothing to speak of: the runs that use it say so.
                 if job.config.study != TEACHERS_STUDY:
                     logger.info("already done: %s", job.directory.path)
+                    if job.config.snapshot_every is not None and not job.directory.snapshots():
+                        logger.warning("it was done without snapshots; runs_root=... repeats it elsewhere")
                     if job.config.deterministic and not _was_deterministic(job.directory):
                         logger.warning("it was done without deterministic=true; runs_root=... repeats it elsewhere")
             elif job.run_id in seen:
@@ -604,6 +606,7 @@ class _Group:
             epoch, step = job.session.position
             logger.info("going on after step %d of epoch %d", step, epoch)
         else:
+            self.processes.first(directory.remove_snapshots)  # of an attempt without a checkpoint
             job.session.keep_snapshot(job.learner.evaluated_model, 0)
         self.processes.first(partial(self._open_records, job))
 
