@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -305,6 +306,67 @@ def test_a_run_that_failed_or_has_no_teacher_is_refused(mine, refused):
     assert "output=FILE" in refused(f"run={run_of(mine, 'fkld')}", "output=nowhere/found.json")
 
 
+@pytest.fixture
+def before_any_work(monkeypatch):
+    """Lets what comes before torch is imported pass, and no more."""
+
+    def work():
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("vkd.analyze.import_training", work)
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """A function that has a folder not let itself be written to; chmod keeps nothing from root."""
+    access = os.access
+
+    def lock(folder):
+        def ask(path, mode, **words):
+            is_locked = bool(mode & os.W_OK) and Path(path).resolve() == folder.resolve()
+            return not is_locked and access(path, mode, **words)
+
+        monkeypatch.setattr(os, "access", ask)
+
+    return lock
+
+
+@pytest.mark.usefixtures("before_any_work")
+def test_a_file_that_cannot_be_written_is_refused_before_any_work(mine, refused, read_only):
+    run = run_of(mine, "fkld")
+    Path("folder").mkdir()
+    Path("file").write_text("kept")
+    for output, why in (
+        ("folder", "it is a folder"),
+        ("nowhere/found.json", "there is no folder nowhere"),
+        ("file/found.json", "file is a file"),
+    ):
+        said = refused(f"run={run}", f"output={output}")
+        assert why in said
+        assert "output=FILE" in said
+    read_only(run)
+    said = refused(f"run={run}")
+    assert f"nothing can be written to {run}" in said
+    assert "output=FILE" in said
+    with pytest.raises(AssertionError, match="the work began"):
+        main([f"run={run}", "output=found.json", "device=cpu"])
+
+
+@pytest.mark.usefixtures("before_any_work")
+def test_a_results_folder_that_cannot_be_made_or_written_to_is_refused_before_any_work(mine, refused, read_only):
+    Path("file").write_text("kept")
+    Path("kept").mkdir()
+    Path("kept/spread").write_text("a file too")
+    Path("locked").mkdir()
+    read_only(Path("locked"))
+    for root in ("file", "file/below", "kept", "locked", "locked/below"):
+        said = refused("study=spread", f"results_root={root}")
+        assert f"cannot write to {root}/spread" in said
+        assert "results_root=FOLDER" in said
+    with pytest.raises(AssertionError, match="the work began"):
+        main(["study=spread", "results_root=new/results", "device=cpu"])
+
+
 def test_a_teacher_that_has_gone_can_be_named_and_another_one_is_refused(mine, trained, refused, tmp_path):
     shutil.copytree(trained, tmp_path / "archive")
     run = only_run(tmp_path / "archive" / PAIR)
@@ -350,11 +412,14 @@ def test_a_damaged_student_is_refused_in_a_run_and_left_out_of_a_study(mine, ref
     assert main(["study=spread", "images=60", "device=cpu"]) == 0
     assert f"{run.relative_to(mine)} is left out" in capsys.readouterr().out
     (grid,) = read(Path("results/spread/analysis.json"))["grids"]
-    assert {row["label"]: row["seeds"] for row in grid["rows"]}["kd fkld"] == [1]
+    (row,) = [row for row in grid["rows"] if row["label"] == "kd fkld"]
+    assert row["seeds"] == [1]
+    assert row["runs"] == [read(run_of(mine, "fkld") / "result.json")["fingerprint"]]
 
 
-def test_the_help_has_every_key(capsys):
-    assert main(["--help"]) == 0
+@pytest.mark.parametrize("word", ["--help", "-h", "help"])
+def test_the_help_has_every_key(capsys, word):
+    assert main([word]) == 0
     page = capsys.readouterr().out
     assert page.strip() == HELP.strip()
     for name in AnalyzeConfig.__annotations__:
@@ -425,13 +490,28 @@ def test_seeds_are_averaged_and_their_number_is_stated(made, analysed, tmp_path,
     assert share["mean"] == pytest.approx(statistics.fmean(means))
     assert share["std"] == pytest.approx(statistics.stdev(means))
     assert share["n"] == 2
+    assert row["runs"] == [read(run_of(made, "fkld", seed=seed) / "result.json")["fingerprint"] for seed in (1, 2)]
     assert last["largest_ratio_to_bound"] == max(ratios)
     assert row["mass_by_rank"]["student"] == pytest.approx(np.mean(masses, axis=0).tolist())
     page = (analysed / "analysis.md").read_text()
     assert f"{100 * share['mean']:.1f} ± {100 * share['std']:.1f}" in page
-    assert "kd fkld (FKLD), n = 2" in page
     assert "259 images of val" in page
     assert str(made.parent) not in page + (analysed / "analysis.json").read_text()
+
+
+def test_the_table_over_training_has_the_n_of_every_epoch(mine):
+    for folder in runs_in(mine / "spread"):
+        if not folder.name.startswith("kd-fkld"):
+            shutil.rmtree(folder)
+    (run_of(mine, "fkld", seed=2) / "snapshots" / "epoch_0001.safetensors").unlink()
+    assert main(["study=spread", "images=60", "device=cpu"]) == 0
+    page = Path("results/spread/analysis.md").read_text()
+    heading, table = page.split("\nOver training, ")[1].split("\n\n")[:2]
+    assert "n =" not in heading
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert header[:2] == ["epoch", "n"]
+    assert [row[:2] for row in rows] == [["0", "2"], ["1", "1"], ["2", "2"]]
+    assert ["±" in row[3] for row in rows] == [True, False, True]
 
 
 def test_one_step_of_each_from_the_same_student_is_what_plain_loops_make_of_it(made, analysed):

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vkd.command import STOPPED, complain, import_training, parse_words, quietly, speaking
-from vkd.errors import ConfigError, UserError, nearest
-from vkd.records.analysis_tables import run_tables, study_tables, write_analysis
+from vkd.command import import_training, parse_words, quietly, run_command
+from vkd.errors import ConfigError, nearest
+from vkd.records.analysis_tables import check_folder, run_tables, study_tables, write_analysis
 from vkd.records.atomic import write_json_atomically
 from vkd.records.finished import finished_run, finished_runs
 from vkd.records.grouping import SELECTION, build_table
@@ -101,9 +101,11 @@ def analyze(words: Sequence[str]) -> str:
     config = _parse(words)
     runs_root = Path(config.runs_root)
     runs = finished_runs(runs_root, config.study) if config.run is None else [finished_run(Path(config.run))]
-    target = Path(config.output or Path(config.run or ".", "analysis.json"))
-    if config.run is not None and not os.access(target.parent, os.W_OK):
-        raise ConfigError(f"{target} cannot be written", expected="a file in a folder of yours", hint="output=FILE")
+    if config.run is not None:
+        target = _target(config)
+    else:
+        folder = Path(config.results_root, config.study)
+        check_folder(folder)
     import_training()
     from vkd.analyzing import Request, Workbench, analyze_run, analyze_study
 
@@ -118,27 +120,28 @@ def analyze(words: Sequence[str]) -> str:
     command = shlex.join(["python", "-m", "vkd.analyze", *words])
     table = build_table(runs, study=config.study, metric=SELECTION, command=command)
     found = analyze_study(table, runs_root, request)
-    folder = Path(config.results_root, config.study)
     write_analysis(found, folder)
     return f"{study_tables(found)}\n\n{folder}"
 
 
+def _target(config: AnalyzeConfig) -> Path:
+    """The file that the analysis of a run is written to. Raises ConfigError where none can be put there."""
+    target = Path(config.output) if config.output else Path(config.run, "analysis.json")
+    folder = target.parent
+    if target.is_dir():
+        why = "it is a folder"
+    elif not folder.is_dir():
+        why = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        why = f"nothing can be written to {folder}"
+    else:
+        return target
+    raise ConfigError(f"{target} cannot be written: {why}", expected="a file in a folder of yours", hint="output=FILE")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit code: 0, 2 for wrong input, 130 when asked to stop."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if any(word in ("-h", "--help") for word in words):
-        print(HELP)
-        return 0
-    with speaking():
-        try:
-            said = analyze(words)
-        except (UserError, OSError) as error:
-            complain(printable(str(error)))
-            return 2
-        except KeyboardInterrupt:
-            return STOPPED
-    print(printable(said))
-    return 0
+    return run_command(argv, HELP, lambda words, _: print(printable(analyze(words))))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from vkd.divergences import Divergence, make_divergence
 from vkd.errors import ConfigError, ModelError, UserError, require
 from vkd.evaluate import MOST_PIXELS
 from vkd.models import create_model, load_into, load_weights, weights_sha256
+from vkd.records.alpha_beta import OWN_POINTS
 from vkd.records.foreign import confined, read_foreign_config
 from vkd.records.grouping import Row, Table, protocol_of
 from vkd.records.reading import Run, clean, number
@@ -61,7 +62,6 @@ _BLOCK = 2**19
 _BINS = 12
 """Of q, in which the classes of all images are counted."""
 _FEWEST_IN_BIN = 50
-_KULLBACK_LEIBLER = {(1.0, 0.0): "forward KL", (0.0, 1.0): "reverse KL"}
 _SHAPES = ("divergence.name", "divergence.alpha", "divergence.beta", "divergence.match_kl_scale")
 _SETTINGS = ("method.", "divergence.", "cross_entropy_weight")
 
@@ -505,19 +505,19 @@ def _fill(family: Family, members: list[Row]) -> None:
         family.notes.append(f"{chosen[0].label} is the only point of the alpha-beta divergence")
     elif not chosen and family.points:
         family.notes.append("no point of the alpha-beta divergence is chosen, since none has a val/top1")
-    if chosen and (chosen[0].key.alpha, chosen[0].key.beta) in _KULLBACK_LEIBLER:
-        others = [row for row in family.points if (row.key.alpha, row.key.beta) not in _KULLBACK_LEIBLER]
+    if chosen and (chosen[0].key.alpha, chosen[0].key.beta) in OWN_POINTS.values():
+        others = [row for row in family.points if (row.key.alpha, row.key.beta) not in OWN_POINTS.values()]
         others = [row for row in others if cells[id(row)].val is not None and cells[id(row)].chosen is not None]
         if others:
             best = max(others, key=lambda row: round(cells[id(row)].val.mean, 9))
-            kind = _KULLBACK_LEIBLER[chosen[0].key.alpha, chosen[0].key.beta]
+            kind = "forward KL" if (chosen[0].key.alpha, chosen[0].key.beta) == OWN_POINTS["fkld"] else "reverse KL"
             family.notes.append(
                 f"val/top1 chose {chosen[0].label}, which is {kind} itself; AB is {best.label}, which has the best "
                 "val/top1 of the others"
             )
             chosen = [best]
     wanted = _settings(chosen[0], family.index) if chosen else None
-    for name, divergence, point in zip((FKLD, RKLD), ("fkld", "rkld"), _KULLBACK_LEIBLER, strict=True):
+    for name, (divergence, point) in zip((FKLD, RKLD), OWN_POINTS.items(), strict=True):
         own = [row for row in members if row.key.divergence == divergence]
         same = [row for row in family.points if (row.key.alpha, row.key.beta) == point]
         fitting = [row for row in own + same if wanted is None or _settings(row, family.index) == wanted]
@@ -577,7 +577,7 @@ def _analyze_family(family: Family, table: Table, runs_root: Path, workbench: Wo
             notes += found["notes"] if is_compared else []
         if analyses:
             names = [name for name, other in family.rows.items() if other is row]
-            rows.append(_average(row, names, analyses))
+            rows.append(_average(row, names, row.cells[family.index].group.runs, analyses))
     if not said and failure is not None:
         raise failure
     return {
@@ -599,7 +599,7 @@ def _left_out(run: Run, error: UserError, runs_root: Path) -> str:
     return f"{run.path} is left out: {clean(error.problem.replace(f'{runs_root}/', ''))}"
 
 
-def _average(row: Row, names: list[str], analyses: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _average(row: Row, names: list[str], runs: dict[int, Run], analyses: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """The mean over seeds of what was found of each; the largest ratio to the bound is the largest of all."""
     first = next(iter(analyses.values()))
     epochs = []
@@ -622,6 +622,7 @@ def _average(row: Row, names: list[str], analyses: dict[int, dict[str, Any]]) ->
         "stands_for": names,
         "divergence": first["divergence"],
         "seeds": sorted(analyses),
+        "runs": [run.fingerprint for seed, run in sorted(runs.items()) if seed in analyses],
         "epochs": epochs,
         "mass_by_rank": ranks,
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,12 @@ def _cells(entry: dict[str, Any], columns: Sequence[_Column], *, spread: bool = 
     return cells
 
 
+def _count(entry: dict[str, Any], columns: Sequence[_Column]) -> str:
+    """Of how many seeds the statistics of one epoch are: "3", or "2-3" where some seeds have not all of them."""
+    counts = [found["n"] for _, name, _ in columns if (found := entry["statistics"].get(name)) is not None]
+    return "-".join(str(count) for count in sorted({min(counts), max(counts)})) if counts else "-"
+
+
 def _bound(entry: dict[str, Any]) -> str:
     ratio = entry["largest_ratio_to_bound"]
     return "-" if ratio is None else f"{ratio:.3f}"
@@ -145,7 +153,7 @@ def _last_rows(grid: dict[str, Any], columns: Sequence[_Column], *, spread: bool
     rows = []
     for row in grid["rows"]:
         last = row["epochs"][-1]
-        cells = [row_label(row), str(last["epoch"]), str(len(row["seeds"])), *_cells(last, columns, spread=spread)]
+        cells = [row_label(row), str(last["epoch"]), _count(last, columns), *_cells(last, columns, spread=spread)]
         rows.append([*cells, _bound(last)] if columns is GRADIENT else cells)
     return rows
 
@@ -198,9 +206,12 @@ def to_markdown(found: dict[str, Any]) -> str:
         lines += _step_words(grid["step"])
         for row in grid["rows"]:
             if row["stands_for"] and len(row["epochs"]) > 1:
-                lines += ["", f"Over training, {row_label(row)}, n = {len(row['seeds'])}:", ""]
-                body = [[str(e["epoch"]), *_cells(e, GRADIENT, spread=True), _bound(e)] for e in row["epochs"]]
-                lines += _markdown(["epoch", *_titles(GRADIENT), "bound"], body)
+                lines += ["", f"Over training, {row_label(row)}, by the n seeds that have a snapshot:", ""]
+                body = [
+                    [str(entry["epoch"]), _count(entry, GRADIENT), *_cells(entry, GRADIENT, spread=True), _bound(entry)]
+                    for entry in row["epochs"]
+                ]
+                lines += _markdown(["epoch", "n", *_titles(GRADIENT), "bound"], body)
     return "\n".join(lines) + "\n"
 
 
@@ -214,6 +225,19 @@ def _step_words(step: dict[str, Any] | None) -> list[str]:
         f"{step['images']:,} images, T = {step['temperature']:g}. Rates (eta), at which the steps have the same mean "
         f"L1 norm: {rates}.",
     ]
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError where the folder of a study's analysis cannot be made or written to. Nothing is made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise _cannot_write(folder, f"{there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _cannot_write(folder, os.strerror(errno.EACCES))
+
+
+def _cannot_write(folder: Path, why: str) -> UserError:
+    return UserError(f"cannot write to {folder}: {why}", expected="a folder of yours", hint="results_root=FOLDER")
 
 
 def write_analysis(found: dict[str, Any], folder: Path) -> None:
@@ -234,4 +258,4 @@ def write_analysis(found: dict[str, Any], folder: Path) -> None:
                 write_bytes_atomically(folder / f"{name}.png", to_png(figure))
                 write_bytes_atomically(folder / f"{name}.svg", to_svg(figure))
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}", hint="results_root=FOLDER") from None
+        raise _cannot_write(folder, error.strerror) from None
