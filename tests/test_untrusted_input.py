@@ -48,6 +48,7 @@ from vkd.data import load_source
 from vkd.errors import DataError, ModelError, UserError
 from vkd.models import create_model, load_weights
 from vkd.records.foreign import confined
+from vkd.records.grouping import build_table
 from vkd.records.reading import clean, read_run, read_runs
 from vkd.records.tables import to_csv, to_markdown
 from vkd.training.checkpoint import write_checkpoint
@@ -328,7 +329,7 @@ def test_interpolations_in_a_run_s_config_are_not_resolved(change, foreign, refu
     assert "swordfish" not in said
     (foreign / "result.json").unlink()
     (foreign / "status.json").unlink()
-    table = vkd.collect.build_table([read_run(foreign)], study="digits", metric="test/top1", command="x")
+    table = build_table([read_run(foreign)], study="digits", metric="test/top1", command="x")
     assert "swordfish" not in to_markdown(table) + to_csv(table)
 
 
@@ -760,7 +761,8 @@ def test_a_study_in_a_result_decides_no_place(here):
     assert made == {"here/results", folder, *(f"{folder}/{name}" for name in RESULTS)}
 
 
-RESULTS = ("table.md", "table.csv", "table.tex", "accuracy.png", "accuracy.svg")
+RESULTS = ("table.md", "table.csv", "table.tex", "report.html")
+RESULTS += tuple(f"{name}.{suffix}" for name in ("accuracy", "cost") for suffix in ("png", "svg"))
 HOSTILE = [
     "\x1b[31mred\x1b[0m\x07",
     "\x9b2J\u202egnp.exe\u2066",
@@ -1013,7 +1015,7 @@ def test_a_damaged_result_is_listed_with_its_reason_and_averaged_with_nothing(da
     assert damaged.reason.startswith("result.json")
     assert reason in damaged.reason
     assert damaged.seed == 7
-    (row,) = vkd.collect.build_table(read_runs(here / "runs"), study="quickstart", metric="test/top1", command="x").rows
+    (row,) = build_table(read_runs(here / "runs"), study="quickstart", metric="test/top1", command="x").rows
     assert row.cells[0].values == {1: 51.0, 2: 52.0}
     assert [hole.seeds for hole in row.cells[0].holes] == [(7,)]
 
@@ -1051,7 +1053,7 @@ def test_thousands_of_settings_that_differ_make_no_name_of_thousands_of_words(he
     for seed in (1, 2):
         settings = {f"setting{number}": seed * number for number in range(3_000)}
         write_run(here / "runs", result(seed=seed, recipe=settings))
-    table = vkd.collect.build_table(read_runs(here / "runs"), study="q", metric="test/top1", command="x")
+    table = build_table(read_runs(here / "runs"), study="q", metric="test/top1", command="x")
     assert len(table.rows) == 2
     assert all(row.label.endswith("and 2,987 further settings]") for row in table.rows)
 
