@@ -10,7 +10,8 @@ from pathlib import Path
 
 from vkd.command import import_training, parse_words, quietly, run_command
 from vkd.errors import ConfigError, nearest
-from vkd.records.reading import Run, printable, read_run
+from vkd.records.finished import finished_run
+from vkd.records.reading import printable
 
 HELP = """\
 vkd.export: the student of a finished run as a file that other programs load, with a model card.
@@ -69,7 +70,7 @@ def export(words: Sequence[str]) -> Path:
             hint=f"pip install 'vkd[{config.format}]', or {' '.join(['pip install', *missing])}",
         )
     folder = Path(config.run)
-    run = _finished(folder)
+    run = finished_run(folder)
     import_training()
     from vkd.exporting import export_student
 
@@ -77,21 +78,6 @@ def export(words: Sequence[str]) -> Path:
     return export_student(
         folder, run, format=config.format, output=output, overwrite=config.overwrite, data_root=config.data_root
     )
-
-
-def _finished(folder: Path) -> Run:
-    """The run in a directory. Raises ConfigError where there is none, or it is not done."""
-    expected = "the directory of a finished run, with its config.yaml, result.json and student.safetensors"
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        beside = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        near = [folder.parent] if folder.exists() else [folder.with_name(name) for name in nearest(folder.name, beside)]
-        raise ConfigError(f"run={folder} {what}", expected=expected, hint=" or ".join(f"run={path}" for path in near))
-    run = read_run(folder)
-    if run.done:
-        return run
-    hint = f"python -m vkd.train from={folder}" if run.content else ""
-    raise ConfigError(f"{folder} is no finished run: {run.why}", expected=expected, hint=hint)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

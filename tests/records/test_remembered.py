@@ -120,9 +120,9 @@ def test_a_file_that_could_not_be_read_is_tried_again_although_it_is_the_same(st
             raise Damaged("result.json cannot be read: Input/output error")
         return read_bytes(folder, name)
 
-    read_bytes = reading._read_bytes
+    read_bytes = reading.read_bytes
     with monkeypatch.context() as patch:
-        patch.setattr(reading, "_read_bytes", failing)
+        patch.setattr(reading, "read_bytes", failing)
         runs, _ = read_afresh(study)
         assert "damaged" in [run.state for run in runs if "none-s1" in run.path]
     again, opened = read_afresh(study)

@@ -6,18 +6,14 @@ trusted to be small, whole or a number.
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import stat
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vkd.records.grouping import Row, Table
-from vkd.records.reading import LARGEST_FIGURE, MOST_DIGITS, Damaged, clean, number
+from vkd.records.reading import LARGEST_FIGURE, Damaged, clean, number, read_bytes, strict_json
 from vkd.records.statistics import summarise
 
 FILE_NAME = "metrics.jsonl"
@@ -55,7 +51,7 @@ def read_history(directory: Path) -> list[dict[str, float]]:
     Raises Damaged.
     """
     lines: list[dict[str, float]] = []
-    data = _read_bytes(directory / FILE_NAME)
+    data = read_bytes(str(directory), FILE_NAME, MOST_BYTES) or b""
     for place, text in enumerate(data.splitlines(), start=1):
         if not text.strip():
             continue
@@ -99,31 +95,12 @@ def curves_of(table: Table, index: int, metric: str, histories: Mapping[str, lis
     return found
 
 
-def _read_bytes(path: Path) -> bytes:
-    """Content of a plain file of reasonable size; nothing where there is none. Raises Damaged."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise Damaged(f"{FILE_NAME} is no plain file")
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-    except FileNotFoundError:
-        return b""
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "its name is none"
-        raise Damaged(f"{FILE_NAME} cannot be read: {reason}") from None
-    if len(data) > MOST_BYTES:
-        raise Damaged(f"{FILE_NAME} is larger than {MOST_BYTES // 2**20} MiB")
-    return data
-
-
 def _read_line(text: bytes, place: int) -> dict[str, float]:
     """The numbers in a line. Raises Damaged."""
     if len(text) > MOST_LINE_BYTES:
         raise Damaged(f"line {place} of {FILE_NAME} is larger than {MOST_LINE_BYTES // 2**10} KiB")
     try:
-        content = json.loads(
-            text, object_pairs_hook=_without_twins, parse_int=_whole, parse_float=_finite, parse_constant=_finite
-        )
+        content = strict_json(text)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"line {place} of {FILE_NAME} is not whole JSON: {clean(str(error), 120)}") from None
     if not isinstance(content, dict):
@@ -142,26 +119,3 @@ def _read_line(text: bytes, place: int) -> dict[str, float]:
             raise Damaged(f"line {place} of {FILE_NAME} has {name} = {shown}, which can be no figure")
         found[name] = figure
     return found
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of JSON with these entries. Raises ValueError for a key that is there twice: readers differ on it."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("a key is there twice")
-    return content
-
-
-def _whole(text: str) -> int:
-    """An integer of JSON. Raises ValueError where it is endless."""
-    if len(text) > MOST_DIGITS:
-        raise ValueError(f"a number of {len(text):,} digits")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    """A number of JSON. Raises ValueError for NaN and infinity, which JSON has not and vkd never writes."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{clean(text, 20)} is no number of JSON")
-    return value

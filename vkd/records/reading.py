@@ -428,7 +428,7 @@ def _check_place(folder: str, result: dict[str, Any]) -> None:
         raise Damaged(f"result.json is of another run than its directory's name says: it has {found}")
 
 
-def _read_bytes(folder: str, name: str, most: int = MOST_BYTES) -> bytes | None:
+def read_bytes(folder: str, name: str, most: int = MOST_BYTES) -> bytes | None:
     """Content of a plain file of reasonable size; None where there is none. Raises Damaged."""
     path = Path(folder, name)
     try:
@@ -438,8 +438,9 @@ def _read_bytes(folder: str, name: str, most: int = MOST_BYTES) -> bytes | None:
             data = file.read(most + 1)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise Damaged(f"{name} cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "its name is none"
+        raise Damaged(f"{name} cannot be read: {reason}") from None
     if len(data) > most:
         raise Damaged(f"{name} is larger than {f'{most // 2**20} MiB' if most >= 2**20 else f'{most // 2**10} KiB'}")
     return data
@@ -447,16 +448,24 @@ def _read_bytes(folder: str, name: str, most: int = MOST_BYTES) -> bytes | None:
 
 def _read_json(folder: str, name: str) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no file. Raises Damaged."""
-    data = _read_bytes(folder, name)
+    data = read_bytes(folder, name)
     if data is None:
         return None
     try:
-        content = json.loads(
-            data, object_pairs_hook=_without_twins, parse_int=_whole, parse_float=_finite, parse_constant=_finite
-        )
+        content = strict_json(data)
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{name} is not whole JSON: {clean(str(error), 120)}") from None
     return _bounded(name, content)
+
+
+def strict_json(data: bytes | str) -> Any:
+    """What JSON says, and nothing that readers differ on or choke on: no key twice, no NaN, no endless number.
+
+    Raises ValueError, or RecursionError where it is too deep.
+    """
+    return json.loads(
+        data, object_pairs_hook=_without_twins, parse_int=_whole, parse_float=_finite, parse_constant=_finite
+    )
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -520,7 +529,7 @@ _YAML_FAULTS = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeErr
 
 def _read_yaml(folder: str, name: str) -> dict[str, Any] | None:
     """The YAML mapping in a file; None where there is no file. Raises Damaged; constructs nothing but plain data."""
-    data = _read_bytes(folder, name, MOST_CONFIG_BYTES)
+    data = read_bytes(folder, name, MOST_CONFIG_BYTES)
     if data is None:
         return None
     try:
