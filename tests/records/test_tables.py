@@ -319,6 +319,8 @@ def test_a_maximum_over_epochs_is_called_one():
     assert to_markdown(table).startswith("# quickstart: test top-1, maximum over epochs (%)\n\n    the command\n")
     assert "picks each run's epoch on test itself" in text(table)
     assert metric_title("test/ece") == "test ECE"
+    assert grid(make(*seeds(), metric="test/ece"))[1][0][0] == "teacher (test top-1)"
+    assert grid(make(*seeds(), metric="test/top1"))[1][0][0] == "teacher (test)"
     assert grid(make(*seeds(), metric="test/ece"))[1][-1][4].startswith("0.0500 ± 0.0000 (3)")
 
 

@@ -339,6 +339,12 @@ def teacher_split(metric: str) -> str:
     return "val" if metric.startswith("val/") else "test"
 
 
+def teacher_label(metric: str) -> str:
+    """What the teacher's line is called beside `metric`: another one than its own accuracy must not be taken for it."""
+    split = teacher_split(metric)
+    return f"teacher ({split})" if metric == f"{split}/top1" else f"teacher ({split} top-1)"
+
+
 def show(value: Any) -> str:
     """A setting's value as a table shows it; hashes are cut to eight digits."""
     if isinstance(value, float):

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vkd.records.grouping import Cell, Column, Published, Row, Table, is_better, protocol_of, show, teacher_split
+from vkd.records.grouping import Cell, Column, Published, Row, Table, is_better, protocol_of, show, teacher_label
 from vkd.records.reading import clean
 from vkd.records.statistics import Difference, Summary
 from vkd.records.tables import (
@@ -116,7 +116,7 @@ def to_latex(table: Table) -> str:
         "    \\midrule",
     ]
     if any(table.teachers):
-        line = [f"teacher ({teacher_split(table.metric)})", ""]
+        line = [teacher_label(table.metric), ""]
         line += [_mean(teacher.summary, 2, small) if teacher else NOTHING for teacher in table.teachers]
         line += [""] * beside
         line += [_published(table.teachers[0].published if table.teachers[0] else (), 2)] * has_published

@@ -24,7 +24,7 @@ from vkd.records.grouping import (
     Selection,
     Table,
     show,
-    teacher_split,
+    teacher_label,
 )
 from vkd.records.published import BEST_ON_TEST, UNKNOWN, ClassificationFigure
 from vkd.records.reading import clean
@@ -79,7 +79,7 @@ def grid(table: Table) -> tuple[list[str], list[list[str]]]:
         header += ["published", "to published"] * has_published
     body = []
     if any(table.teachers):
-        line = [f"teacher ({teacher_split(table.metric)})"] + [""] * (width - 1)
+        line = [teacher_label(table.metric)] + [""] * (width - 1)
         for teacher, has_published in zip(table.teachers, shown, strict=True):
             flag = " (saw val: unknown)" if teacher and teacher.unknown else ""
             line += [_spread(teacher.summary, 2) + flag if teacher else "-", *blank]
