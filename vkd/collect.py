@@ -48,7 +48,8 @@ Keys
                             offline files or to W&B itself; with project=vkd and entity=NAME
 
 Writes to results_root/study and prints the table:
-    table.md, table.csv, table.tex    the table; the last for a paper (needs booktabs)
+    table.md, table.csv, table.tex    the table; the last for a paper (needs booktabs). The CSV has the maximum over
+                                      test epochs as well, in a column that says so
     report.html                       everything on one page, which needs no network
     accuracy.{png,svg}                every seed of every row
     alpha_beta.{png,svg}              the map of a grid of alpha and beta, and alpha_beta_line the line alpha + beta = 1

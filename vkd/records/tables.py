@@ -43,7 +43,9 @@ _WORDS = {
 }
 _CSV_COLUMNS = (
     "dataset teacher student {settings} method divergence alpha beta variant metric mean std n {differences} "
-    + ("val_top1 best_by_val chosen_from_grid test_selection_gain teacher_test group seeds holes")
+    + (
+        "val_top1 best_by_val chosen_from_grid test_selection_gain teacher_test test_top1_max_over_epochs group seeds holes"
+    )
 )
 _DIFFERENCE_CSV_COLUMNS = ("", "_std", "_pairs", "_low", "_high", "_p", "_test")
 _PUBLISHED_CSV_COLUMNS = "published_top1 published_source difference_to_published not_comparable published_also"
@@ -612,6 +614,9 @@ def _csv_line(table: Table, column: Column, row: Row, cell: Cell) -> dict[str, A
     key, summary = row.key, cell.summary
     own = [run.teacher_accuracy("test") for run in cell.group.runs.values()]
     teacher = summarise(accuracy for accuracy in own if accuracy is not None)
+    most = summarise(
+        value for run in cell.group.runs.values() if (value := run.metric("test/top1_max_over_epochs")) is not None
+    )
     chosen = (other for other in table.selections if other.chosen is row and other.column == column)
     gain = next((selection.gain for selection in chosen), None)
     line: dict[str, Any] = {
@@ -633,6 +638,7 @@ def _csv_line(table: Table, column: Column, row: Row, cell: Cell) -> dict[str, A
         "chosen_from_grid": cell.chosen if cell.chosen is None else int(cell.chosen),
         "test_selection_gain": gain,
         "teacher_test": teacher and teacher.mean,
+        "test_top1_max_over_epochs": most and most.mean,  # what many papers print, and nothing here selects on
         "group": cell.group.fingerprint,
         "seeds": " ".join(map(str, sorted(cell.values))),
         "holes": "; ".join(map(describe_hole, cell.holes)),
