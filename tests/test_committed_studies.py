@@ -80,9 +80,8 @@ def test_every_figure_of_the_table_follows_from_the_records_of_its_runs(study):
         assert float(line["mean"]) == pytest.approx(statistics.mean(own.values()), abs=1e-9)
         assert float(line["std"]) == pytest.approx(statistics.stdev(own.values()), abs=1e-9)
         assert int(line["n"]) == len(own)
-        if "test_top1_max_over_epochs" in line:
-            most = statistics.mean(metrics["test/top1_max_over_epochs"] for metrics in rows[row].values())
-            assert float(line["test_top1_max_over_epochs"]) == pytest.approx(most, abs=1e-9)
+        most = statistics.mean(metrics["test/top1_max_over_epochs"] for metrics in rows[row].values())
+        assert float(line["test_top1_max_over_epochs"]) == pytest.approx(most, abs=1e-9)
         assert row[-1] in fractions
         for name, wanted in (("plain", ("none", "", None, None)), ("kd", ("kd", "fkld", None, None))):
             pairs = differences(own, top1.get((*wanted, row[-1])))

@@ -43,9 +43,8 @@ _WORDS = {
 }
 _CSV_COLUMNS = (
     "dataset teacher student {settings} method divergence alpha beta variant metric mean std n {differences} "
-    + (
-        "val_top1 best_by_val chosen_from_grid test_selection_gain teacher_test test_top1_max_over_epochs group seeds holes"
-    )
+    + "val_top1 best_by_val chosen_from_grid test_selection_gain teacher_test test_top1_max_over_epochs "
+    + "group seeds holes"
 )
 _DIFFERENCE_CSV_COLUMNS = ("", "_std", "_pairs", "_low", "_high", "_p", "_test")
 _PUBLISHED_CSV_COLUMNS = "published_top1 published_source difference_to_published not_comparable published_also"
