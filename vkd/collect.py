@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
@@ -18,6 +17,7 @@ from rich.console import Console
 from vkd.collecting import CollectConfig, collect, list_studies, read_table
 from vkd.command import quietly, run_command
 from vkd.errors import ConfigError, list_names, nearest
+from vkd.records.finished import require_study_name
 from vkd.records.published import read_classification
 from vkd.records.remembered import RunMemory
 from vkd.records.terminal import print_table, watch_table
@@ -111,9 +111,7 @@ def parse(words: list[str]) -> CollectConfig:
     if config.tracker not in _TRACKERS:
         near = " or ".join(f"tracker={name}" for name in nearest(config.tracker, _TRACKERS))
         raise ConfigError(f"there is no tracker {config.tracker!r}", expected=list_names(_TRACKERS), hint=near)
-    parts = Path(config.study).parts
-    if Path(config.study).is_absolute() or not parts or any(part.startswith(".") for part in parts):
-        raise ConfigError(f"study={config.study} is no name of a study", expected="the name of a folder in runs_root")
+    require_study_name(config.study)
     return config
 
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlparse
 
 from vkd.config import TEACHERS_STUDY, Config, request_key
+from vkd.records.alpha_beta import OWN_POINTS
 from vkd.records.grouping import Key
 from vkd.records.reading import Run, number, read_run
 from vkd.registry import Registry
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vkd")
 
 TRACKERS: Registry[Callable[..., Tracker]] = Registry("tracker")
-
-POINTS = {"fkld": (1.0, 0.0), "rkld": (0.0, 1.0)}
-"""(alpha, beta) of the divergences that are a point of the alpha-beta plane and have no such parameters."""
 
 _FACTS = {
     "teacher": ("parameters", "macs"),
@@ -204,7 +202,7 @@ def describe(config: Config, study: str) -> dict[str, Any]:
     shows all of them; plain training and methods without a divergence have none.
     """
     divergence = dict(config.divergence)
-    if point := POINTS.get(divergence.get("name", "")):
+    if point := OWN_POINTS.get(divergence.get("name", "")):
         divergence["alpha"], divergence["beta"] = point
     return {
         "study": study,

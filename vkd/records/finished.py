@@ -23,14 +23,19 @@ def finished_run(folder: Path) -> Run:
     raise ConfigError(f"{folder} is no finished run: {run.why}", expected=expected, hint=hint)
 
 
+def require_study_name(study: str) -> None:
+    """Raise ConfigError where `study` can be no name of a folder below the folder of all runs."""
+    parts = Path(study).parts
+    if Path(study).is_absolute() or not parts or any(part.startswith(".") for part in parts):
+        raise ConfigError(f"study={study} is no name of a study", expected="the name of a folder in runs_root")
+
+
 def finished_runs(runs_root: Path, study: str) -> list[Run]:
     """All runs of a study, of which at least one is finished; their paths are relative to `runs_root`.
 
     Raises UserError where none is, ConfigError where `study` is no name of a folder below it.
     """
-    parts = Path(study).parts
-    if Path(study).is_absolute() or not parts or any(part.startswith(".") for part in parts):
-        raise ConfigError(f"study={study} is no name of a study", expected="the name of a folder in runs_root")
+    require_study_name(study)
     runs = list(read_runs(runs_root / study, relative_to=runs_root))
     if any(run.done for run in runs):
         return runs

@@ -32,12 +32,11 @@ class RunMemory:
 
     Args:
         root: the folder.
-        file: where that is kept; None for the user's cache.
     """
 
-    def __init__(self, root: str | Path, file: Path | None = None) -> None:
+    def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self.file = cache_file(self.root) if file is None else file
+        self.file = cache_file(self.root)
         self._known: dict[str, list[Any]] = {}
         self._sections: dict[tuple[str, str], int] = {}
         self._contents: list[Shared] = []

@@ -30,6 +30,7 @@ from vkd.records.grouping import SELECTION, Row, Table, show
 from vkd.records.histories import Curve, curves_of, read_history
 from vkd.records.plot_styles import choose_rows
 from vkd.records.reading import Damaged, Run, clean
+from vkd.records.results import ANALYSES
 from vkd.records.statistics import Summary
 from vkd.records.sweep_index import FILE_NAME, FOLDER, read_sweep
 from vkd.records.tables import about_protocol, decimals, describe_hole, grid, holes, metric_title, notes, ours_width
@@ -79,7 +80,6 @@ _FIGURES = {
     "mass_training": "Where training moves probability mass",
 }
 """What the static figures show, in the order of the page."""
-_OF_FOLDER = ("mass_step", "mass_training")
 
 _VERSIONS = ("vkd", "git", "torch", "timm", "python", "device")
 _INLINE = re.compile(r"`([^`\n]+)`|\*\*([^*\n]+)\*\*|\[([^\]\n]*)\]\([^()\n]*\)")
@@ -716,7 +716,7 @@ def _series(curve: Curve, row: int) -> dict[str, Any]:
 
 def _analysis(folder: Path, fingerprints: set[str]) -> dict[str, bytes] | None:
     """The figures of `vkd.analyze` by name; None where they are of other runs than those with these fingerprints."""
-    found = {name: _read_plain_file(folder / f"{name}.svg", _MOST_SVG_BYTES) for name in _OF_FOLDER}
+    found = {name: _read_plain_file(folder / f"{name}.svg", _MOST_SVG_BYTES) for name in ANALYSES}
     found = {name: content for name, content in found.items() if content is not None}
     if not found:
         return {}

@@ -105,7 +105,7 @@ class RunDirectory:
     def snapshots(self) -> dict[int, Path]:
         """The snapshots that there are, by epoch."""
         found = {}
-        for path in sorted(self.path.glob("snapshots/epoch_*.safetensors")):
+        for path in self.path.glob("snapshots/epoch_*.safetensors"):
             if match := re.fullmatch(r"epoch_(\d{4,9})\.safetensors", path.name):
                 found[int(match[1])] = path
         return dict(sorted(found.items()))
